@@ -1,0 +1,276 @@
+"""Pictures to train on: CIFAR-100, or synthetic shapes where CIFAR-100 cannot be had.
+
+Every random choice here is drawn by NumPy from a seed, so each backend sees the same images in the
+same order; `Dataset.fingerprint` is the proof that a record carries.
+"""
+
+import hashlib
+import math
+import os
+import shlex
+import socket
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+
+LABELS = {"cifar100": "CIFAR-100", "synthetic": "synthetic shapes (not CIFAR-100)"}
+
+# The address and the hash are the ones in keras/src/datasets/cifar100.py.
+CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+CIFAR100_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
+STALL_SECONDS = 10.0  # a download that sends nothing for so long has failed; a slow one has not
+
+# A generator is seeded with (seed, stream, ...): no two uses share their random numbers.
+TRAIN_SUBSET, TEST_SUBSET, TRAIN_PICTURES, TEST_PICTURES, EPOCH = range(5)
+
+
+class DataError(Exception):
+    """The data cannot be had as asked; the message is one line: expected, got, remedy."""
+
+
+class Dataset(NamedTuple):
+    """Images uint8 (n, 32, 32, 3) and labels int32 (n,) of the three splits."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_validation: np.ndarray
+    y_validation: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    name: str  # "cifar100" or "synthetic"
+    label: str  # how a report calls it: "CIFAR-100" or "synthetic shapes (not CIFAR-100)"
+    fingerprint: str  # 16 hex digits of the sha256 over the six arrays, in the order above
+
+
+def load_dataset(
+    name, *, num_classes=100, train_images=None, test_images=None, validation_split=0.1, seed=0
+):
+    """Load or draw a data set and split it; returns a `Dataset`.
+
+    `train_images` counts the images before `validation_split` of them is taken off; None means all
+    (for synthetic shapes: as many a class as CIFAR-100 has). Subsets, and each split of them, are
+    drawn with the seed and class-balanced: the counts of two classes differ by at most one.
+    `num_classes` below 100 keeps the classes 0 to num_classes - 1. Raises DataError.
+    """
+    if name not in LABELS:
+        raise DataError(f"dataset: expected one of {', '.join(LABELS)}; got {name!r}")
+    if not 1 <= num_classes <= 100:
+        raise DataError(f"num_classes: expected 1 to 100, got {num_classes}")
+    if not 0 <= validation_split < 1:
+        raise DataError(f"validation_split: expected 0 or more, below 1, got {validation_split}")
+    if seed < 0:
+        raise DataError(f"seed: expected 0 or more, got {seed}")
+
+    if name == "synthetic":
+        train, test = create_synthetic(train_images, test_images, seed, num_classes)
+    else:
+        train, test = load_cifar100()
+    order = order_balanced(train[1], num_classes, np.random.default_rng((seed, TRAIN_SUBSET)))
+    order = order[: check_count("train_images", train_images, len(order))]
+    test_order = order_balanced(test[1], num_classes, np.random.default_rng((seed, TEST_SUBSET)))
+    test_order = test_order[: check_count("test_images", test_images, len(test_order))]
+    kept = len(order) - round(len(order) * validation_split)
+    if kept == 0:
+        raise DataError(f"validation_split: {validation_split} of {len(order)} leaves no training")
+
+    arrays = take(train, order[:kept]) + take(train, order[kept:]) + take(test, test_order)
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array)
+    return Dataset(*arrays, name, LABELS[name], digest.hexdigest()[:16])
+
+
+def epoch_order(n, seed, epoch):
+    """The order of n images in one epoch: a permutation, int32 (n,), fixed by seed and epoch."""
+    return np.random.default_rng((seed, EPOCH, epoch)).permutation(np.arange(n, dtype=np.int32))
+
+
+def order_balanced(labels, num_classes, rng):
+    """Indices (n,) of all images of the classes below num_classes, in rounds of one of each class.
+
+    Each round runs through the classes in the same order and only the last may be incomplete, so
+    the class counts of *any* contiguous piece differ by at most one (if those of all images do).
+    """
+    members = [rng.permutation(np.flatnonzero(labels == c)) for c in rng.permutation(num_classes)]
+    members.sort(key=len, reverse=True)  # larger classes first: only they are in the last round
+    rounds = np.concatenate([np.arange(len(m)) for m in members])
+    return np.concatenate(members)[np.argsort(rounds, kind="stable")]
+
+
+def check_count(what, asked, available):
+    """How many images to take: those asked for, or all; DataError where there are fewer."""
+    if asked is not None and not 1 <= asked <= available:
+        raise DataError(f"{what}: expected 1 to {available} images, got {asked}; ask for fewer")
+    return available if asked is None else asked
+
+
+def take(pictures, indices):
+    # Keras hands CIFAR-100 out as a transposed view, and indexing would keep that memory layout.
+    return np.ascontiguousarray(pictures[0][indices]), pictures[1][indices]
+
+
+# ---------------------------------------------------------------------------------------------
+# CIFAR-100
+
+
+def load_cifar100():
+    """CIFAR-100 through Keras: its cache (~/.keras or KERAS_HOME), its download, its hash check.
+
+    Returns (x_train, y_train), (x_test, y_test): images uint8 (50000 or 10000, 32, 32, 3), labels
+    int32 (n,). Keras unpacks the archive at every call, so a damaged folder beside a good archive
+    mends itself. Raises DataError where the archive is damaged, or neither there nor to be had.
+    """
+    import keras  # here, not at the top: the caller has chosen the backend by now
+
+    archive, folder = find_cifar100()
+    # Keras checks the hash too, but where it differs it downloads anew, and where that fails it
+    # deletes the file. Asking first (a tenth of a second) leaves the file to its owner.
+    if os.path.exists(archive) and not is_official(archive):
+        raise DataError(describe_damage(archive, "unreadable, or not the official sha256"))
+    default_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        train, test = keras.datasets.cifar100.load_data()
+    except Exception as error:  # Keras raises a plain Exception where a download fails
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if not os.path.exists(archive):
+            raise DataError(
+                f"CIFAR-100: expected {archive}, found nothing there and could not download it "
+                f"({reason}); put {CIFAR100_URL} there under that name, or use --dataset synthetic"
+            ) from error
+        damaged = folder if is_official(archive) else archive
+        raise DataError(describe_damage(damaged, reason)) from error
+    finally:
+        socket.setdefaulttimeout(default_timeout)
+    if train[0].shape[1] == 3:  # a keras.json may ask for channels first
+        train, test = ((x.transpose(0, 2, 3, 1), y) for x, y in (train, test))
+    return tuple((x, y.reshape(-1).astype(np.int32)) for x, y in (train, test))
+
+
+def find_cifar100():
+    """Where Keras keeps the archive and the folder it unpacks it to (the rules of its get_file)."""
+    home = os.path.expanduser(os.environ.get("KERAS_HOME", os.path.join("~", ".keras")))
+    if not os.access(home, os.W_OK):
+        home = os.path.join("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), ".keras")
+    folder = os.path.join(home, "datasets", "cifar-100-python-target")
+    return folder + "_archive", folder
+
+
+def is_official(archive):
+    try:
+        with open(archive, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == CIFAR100_SHA256
+    except OSError:  # not ours to read, or a folder of that name
+        return False
+
+
+def describe_damage(path, reason):
+    return (
+        f"CIFAR-100: expected what {CIFAR100_URL} holds, but {path} is corrupt or incomplete "
+        f"({reason}); remove it with `rm -r {shlex.quote(path)}` and run again, "
+        "or use --dataset synthetic"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Synthetic shapes: class = shape * 10 + colour
+
+CHUNK = 500  # pictures drawn at once: their arrays stay in the processor's cache
+
+# Red, orange, yellow, green, cyan, blue, purple, pink, white, black.
+COLOURS = "d71e1e f58714 fae632 1e9632 3cd7e1 2341dc 7823a0 fa82c8 f0f0f0 141414"
+COLOURS = np.array([list(bytes.fromhex(c)) for c in COLOURS.split()], np.float32)  # (10, 3)
+
+# A shape is a function of the coordinates (u, v), v pointing down, in a frame that is centred on
+# it, turned with it and scaled to its radius: about the distance to its edge, negative inside.
+# There is no arctan2 and the like in them: they may differ in the last bit between processors.
+
+
+def disc(u, v, radius=1.0):
+    return np.sqrt(u * u + v * v) - radius
+
+
+def box(u, v, half_width, half_height):
+    return np.maximum(abs(u) - half_width, abs(v) - half_height)
+
+
+def sides(u, v, corners, distance):
+    """Signed distances to the lines of a regular polygon, one of them level below the centre."""
+    for angle in (math.pi / 2 + 2 * math.pi * k / corners for k in range(corners)):
+        yield u * math.cos(angle) + v * math.sin(angle) - distance
+
+
+def star(u, v):
+    # Five lines make a pentagram; a point in it is on the outer side of one of them at most.
+    largest = second = np.full_like(u, -9.0)
+    for side in sides(u, -v, 5, 0.36):
+        second = np.maximum(second, np.minimum(largest, side))
+        largest = np.maximum(largest, side)
+    return second
+
+
+SHAPES = (
+    lambda u, v: disc(u, v, 0.9),
+    lambda u, v: abs(disc(u, v, 0.75)) - 0.22,  # ring
+    lambda u, v: box(u, v, 0.78, 0.78),  # square
+    lambda u, v: np.maximum.reduce(list(sides(u, v, 3, 0.55))),  # triangle
+    lambda u, v: np.minimum(box(u, v, 1.0, 0.28), box(u, v, 0.28, 1.0)),  # plus
+    star,
+    lambda u, v: np.maximum(disc(u, v - 0.4), v - 0.4),  # half disc, flat side down
+    lambda u, v: np.maximum(disc(u, v), -disc(u - 0.5, v, 0.85)),  # crescent
+    lambda u, v: box(u, v, 1.0, 0.25),  # bar
+    lambda u, v: np.maximum(0.75 * (abs(u) - abs(v)), abs(v) - 0.85),  # hourglass
+)
+
+
+def create_synthetic(train_images=None, test_images=None, seed=0, num_classes=100):
+    """Draw pictures of ten shapes in ten colours: a stand-in with the form of CIFAR-100, no more.
+
+    Place, size, angle, shade, background and noise are random. Returns (x_train, y_train),
+    (x_test, y_test) as `load_cifar100`; by default 500 and 100 images a class. Image i depends on
+    the seed, i and num_classes only, and the splits are drawn apart. Raises DataError.
+    """
+    train_images = 500 * num_classes if train_images is None else train_images
+    test_images = 100 * num_classes if test_images is None else test_images
+    if min(train_images, test_images) < 1:
+        raise DataError(f"images: expected 1 or more, got {train_images} train, {test_images} test")
+    pictures = []
+    for n, stream in ((train_images, TRAIN_PICTURES), (test_images, TEST_PICTURES)):
+        labels = np.arange(n, dtype=np.int32) % num_classes
+        images = np.empty((n, 32, 32, 3), np.uint8)
+        for start in range(0, n, CHUNK):
+            part = slice(start, start + CHUNK)
+            images[part] = draw_chunk(labels[part], np.random.default_rng((seed, stream, start)))
+        pictures.append((images, labels))
+    return tuple(pictures)
+
+
+def draw_chunk(labels, rng):
+    """Up to CHUNK pictures, uint8 (k, 32, 32, 3), of the classes in labels (k,)."""
+    # Drawn for a whole chunk even where fewer are wanted: a picture must not depend on how many.
+    draws = rng.random((10, CHUNK), dtype=np.float32)[:, : len(labels)]
+    radius = 9 + 4 * draws[0]  # in pixels
+    x, y = 16 + (2 * draws[1:3] - 1) * (15.5 - radius)  # anywhere, but whole
+    angle = np.radians(50 * draws[3].astype(np.float64) - 25)
+    cos, sin = (f(angle).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
+    colour = COLOURS[labels % 10] + 24 * draws[4:7].T - 12
+    background = 255 * draws[7:10].T
+    # Too near to the shape's colour: half the range away in each channel is never near.
+    near = np.square(background - colour).sum(axis=1) < 110**2
+    background[near] = (background[near] + 127.5) % 255
+
+    pixel = np.arange(32, dtype=np.float32) + 0.5
+    x = (pixel - x[:, None, None]) / radius[:, None, None]  # (k, 1, 32)
+    y = (pixel[:, None] - y[:, None, None]) / radius[:, None, None]  # (k, 32, 1)
+    u, v = cos * x + sin * y, cos * y - sin * x  # (k, 32, 32)
+    distance = np.empty_like(u)
+    for shape in np.unique(labels // 10):
+        rows = labels // 10 == shape
+        distance[rows] = SHAPES[shape](u[rows], v[rows])
+    coverage = np.clip(0.5 - distance * radius[:, None, None], 0, 1)[..., None]  # smooth edges
+
+    image = rng.random((len(labels), 32, 32, 3), dtype=np.float32)
+    image = 50 * image - 25 + background[:, None, None]
+    image += coverage * (colour - background)[:, None, None]
+    return np.clip(image, 0, 255).astype(np.uint8)

@@ -1,0 +1,448 @@
+"""Compiled training and inference steps for each backend, and what the device says about them.
+
+Everything in a step happens on the device: the uint8 pictures lie there once, a batch is gathered
+by its indices, augmented, and trained on, in one compiled graph. On JAX that graph is scanned over
+several steps with donated state; on PyTorch Keras' whole training step, backward included, is
+traced once to ATen operations and compiled by inductor, and the Keras optimiser's own variables
+are updated in place.
+"""
+
+import math
+
+import keras
+import numpy as np
+
+BACKEND = keras.backend.backend()
+if BACKEND == "jax":
+    import jax
+elif BACKEND == "torch":
+    import torch
+elif BACKEND == "tensorflow":
+    import tensorflow as tf
+
+
+# ---------------------------------------------------------------------------------------------
+# The device
+
+
+def on_gpu():
+    """Whether this backend computes on a GPU."""
+    if BACKEND == "jax":
+        return jax.default_backend() == "gpu"
+    if BACKEND == "torch":
+        return torch.cuda.is_available()
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def gpu_name():
+    """The GPU's name as the backend gives it; None where it computes on the CPU."""
+    if not on_gpu():
+        return None
+    if BACKEND == "jax":
+        return jax.local_devices()[0].device_kind
+    if BACKEND == "torch":
+        return torch.cuda.get_device_name()
+    return tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0]).get(
+        "device_name"
+    )
+
+
+def set_precision(precision):
+    """Make matrix products mean the same on every backend; call before the model is built.
+
+    `float32` is full float32 (JAX would take TF32 on Ampere and later), `tf32` keeps float32
+    arrays and rounds the factors to TF32, the 16-bit ones are Keras' mixed precision policies:
+    weights in float32, arithmetic in 16 bits.
+
+    Returns:
+        what matrix products will really run in: a CPU has no TF32 and runs float32 instead.
+
+    Raises:
+        ValueError: JAX's attention has no float16 on the CPU.
+    """
+    if precision == "float16" and BACKEND == "jax" and not on_gpu():
+        raise ValueError(
+            "--precision: expected float32 or bfloat16 on JAX without a GPU, got float16"
+        )
+    keras.mixed_precision.set_dtype_policy(
+        {"bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}.get(precision, "float32")
+    )
+    tf32 = precision == "tf32" and on_gpu()
+    if BACKEND == "jax":
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
+    elif BACKEND == "torch":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    else:
+        tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    return "float32" if precision == "tf32" and not tf32 else precision
+
+
+def synchronize():
+    """Wait until the device has done all work given to it."""
+    if BACKEND == "jax":
+        jax.block_until_ready(jax.live_arrays())
+    elif BACKEND == "torch" and torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif BACKEND == "tensorflow":
+        tf.experimental.sync_devices()
+
+
+def device_peak_bytes():
+    """The allocator's peak on the GPU since the process began.
+
+    Returns:
+        (bytes, source), or (None, reason) where there is nothing to read.
+    """
+    if not on_gpu():
+        return None, "computed on the CPU, where device memory is host memory"
+    if BACKEND == "jax":
+        statistics = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in statistics:
+            return statistics["peak_bytes_in_use"], "jax memory_stats peak_bytes_in_use"
+        return None, "this JAX device gives no memory statistics"
+    if BACKEND == "torch":
+        return torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"], "tensorflow get_memory_info"
+
+
+def is_out_of_memory(error):
+    """Whether an exception is the allocator's: each backend words it in its own way.
+
+    The NVML assertion is how PyTorch's allocator fails on a Jetson that has no memory left.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return any(
+        sign in text
+        for sign in (
+            "RESOURCE_EXHAUSTED",
+            "out of memory",
+            "Out of memory",
+            "can't allocate memory",
+            "not enough memory",
+            "OOM when allocating",
+            "NVML_SUCCESS == r INTERNAL ASSERT",
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps
+
+
+def steps_per_call(steps):
+    """How many of an epoch's `steps` go to the device at once, without a remainder.
+
+    On a GPU a call costs the host about as much as a small step costs the device, so JAX scans
+    over up to 32. On a CPU a step is long and the user wants to see and to stop each one.
+    """
+    if BACKEND != "jax" or not on_gpu():
+        return 1
+    return max(n for n in range(1, 33) if steps % n == 0)
+
+
+def build_state(model, batch_size):
+    """Create the variables of optimiser, loss and metrics, which Keras would do at the first step.
+
+    A model that runs steps compiled here must have had its state built.
+    """
+    model.optimizer.build(model.trainable_variables)
+    labels = np.zeros(batch_size, "int32")
+    outputs = np.zeros((batch_size, *model.output_shape[1:]), "float32")
+    labels, outputs = keras.ops.convert_to_tensor(labels), keras.ops.convert_to_tensor(outputs)
+    model.compute_loss(y=labels, y_pred=outputs)
+    model.compute_metrics(None, labels, outputs)
+    model.reset_metrics()
+
+
+def compile_train_steps(model, images, labels, augment=None):
+    """Compile training on pictures that lie on the device.
+
+    Args:
+        model: a compiled Keras model whose state `build_state` has created.
+        images: uint8 (n, height, width, channels), NumPy; labels: int32 (n,), NumPy.
+        augment: None, or a function of (a batch's images, its draws) made of keras.ops.
+
+    Returns:
+        An object with two methods. run(order, draws) trains one step per row and returns the
+        epoch's running mean of the loss after each, (steps,), on the device and not waited for;
+        order: int32 (steps, batch) indices, draws: float32 (steps, batch, ...) or None. sync()
+        brings the model's variables up to date, for whoever reads or writes them between runs.
+    """
+    return {"jax": _JaxTraining, "torch": _TorchTraining}[BACKEND](model, images, labels, augment)
+
+
+def compile_function(function):
+    """A function of arrays, for the host's own loop: jitted, but on PyTorch, where plain `fit`
+    is eager, left as it is."""
+    if BACKEND == "jax":
+        return jax.jit(function)
+    if BACKEND == "tensorflow":
+        return tf.function(function, jit_compile=True)
+    return lambda *arrays: function(*(keras.ops.convert_to_tensor(array) for array in arrays))
+
+
+def compile_forward(model):
+    """Compile inference: a function from a batch of pixels, NumPy or device, to device logits."""
+    if BACKEND == "jax":
+        forward = jax.jit(lambda *state_and_x: model.stateless_call(*state_and_x)[0])
+        return lambda x: forward(
+            [v.value for v in model.trainable_variables],
+            [v.value for v in model.non_trainable_variables],
+            x,
+        )
+    compiled = {}
+
+    @torch.no_grad()
+    def forward(x):
+        x = keras.ops.convert_to_tensor(x)
+        if x.shape not in compiled:
+            compiled[x.shape] = _compile_torch(
+                lambda state, x: model.stateless_call(*state, x)[0], _torch_weights(model), x
+            )
+        return compiled[x.shape](_torch_weights(model), x)
+
+    return forward
+
+
+def evaluate(model, forward, images, labels, batch_size):
+    """Loss and metrics of a model on a whole data set, as `model.evaluate` gives them.
+
+    The logits of all pictures are computed first, in batches of one size (the last one is filled
+    up), so that one compiled function serves any data set; loss and metrics are exact.
+
+    Returns:
+        dict of floats, by the metrics' names.
+    """
+    logits = []
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        missing = batch_size - len(batch)
+        if missing:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+        logits.append(forward(batch)[: batch_size - missing])
+    logits, labels = keras.ops.concatenate(logits), keras.ops.convert_to_tensor(labels)
+    model.reset_metrics()
+    loss = model.compute_loss(y=labels, y_pred=logits, training=False)
+    model.compute_metrics(None, labels, logits)
+    results = {name: float(value) for name, value in model.get_metrics_result().items()}
+    model.reset_metrics()
+    return {**results, "loss": float(loss)}
+
+
+def _make_batch(images, labels, index, draws, augment):
+    batch = keras.ops.take(images, index, axis=0)
+    batch = keras.ops.cast(batch, "float32") if augment is None else augment(batch, draws)
+    return batch, keras.ops.take(labels, index, axis=0)
+
+
+class _JaxTraining:
+    """Scans Keras' own `train_step` over the rows; the state is donated, so it exists once."""
+
+    def __init__(self, model, images, labels, augment):
+        self.model, self.state = model, None
+        self.images, self.labels = jax.device_put(images), jax.device_put(labels)
+
+        def scan(state, images, labels, order, draws):
+            def step(state, row):
+                logs, state = model.train_step(
+                    state, (*_make_batch(images, labels, *row, augment), None)
+                )
+                return state, logs["loss"]
+
+            return jax.lax.scan(step, state, (order, draws))
+
+        self.scan = jax.jit(scan, donate_argnums=0)
+
+    def _variables(self):
+        return (
+            self.model.trainable_variables,
+            self.model.non_trainable_variables,
+            self.model.optimizer.variables,
+            self.model.metrics_variables,
+        )
+
+    def run(self, order, draws):
+        if self.state is None:
+            self.state = tuple([v.value for v in group] for group in self._variables())
+        self.state, losses = self.scan(self.state, self.images, self.labels, order, draws)
+        return losses
+
+    def sync(self):
+        for variables, values in zip(self._variables(), self.state or ()):
+            for variable, value in zip(variables, values):
+                variable.assign(value)
+        self.state = None
+
+
+class _TorchTraining:
+    """One compiled graph gathers, augments, runs forward and backward and updates the metrics;
+    then the optimiser updates Keras' own variables in place."""
+
+    def __init__(self, model, images, labels, augment):
+        self.model, self.augment, self.compiled = model, augment, None
+        self.images = keras.ops.convert_to_tensor(images)
+        self.labels = keras.ops.convert_to_tensor(labels)
+        self.trained = [v.value for v in model.trainable_variables]
+        self.update = _fuse_adam(model.optimizer, model.trainable_variables)
+
+    def _step(self, trainable, carried, images, labels, index, draws):
+        """Keras' train step up to the gradients, as a function of tensors.
+
+        `carried` is what else a step changes: non-trainable variables (random seeds), the
+        optimiser's (read for loss scaling), metrics; each is updated in place.
+        """
+        model = self.model
+        x, y = _make_batch(images, labels, index, draws, self.augment)
+        with torch.enable_grad():
+            trainable = [tensor.detach().requires_grad_() for tensor in trainable]
+            mapping = [*zip(model.trainable_variables, trainable), *zip(self._carried(), carried)]
+            with keras.StatelessScope(state_mapping=mapping) as scope:
+                outputs = model(x, training=True)
+                loss = model.compute_loss(x, y, outputs, training=True)
+                logs = self._update_metrics(x, y, outputs, loss)
+                scaled = model.optimizer.scale_loss(loss)
+            gradients = torch.autograd.grad(scaled, trainable)
+        for variable, tensor in zip(self._carried(), carried):
+            value = scope.get_current_value(variable)
+            if value is not None and value is not tensor:
+                tensor.copy_(value)
+        # Fused optimisers want gradients laid out like their weights.
+        return logs["loss"], [gradient.contiguous() for gradient in gradients]
+
+    def _carried(self):
+        model = self.model
+        return [
+            *model.non_trainable_variables,
+            *model.optimizer.variables,
+            *model.metrics_variables,
+        ]
+
+    def _update_metrics(self, x, y, outputs, loss):
+        tracker = next(metric for metric in self.model.metrics if metric.name == "loss")
+        tracker.update_state(loss.detach(), sample_weight=x.shape[0])
+        return self.model.compute_metrics(x, y, outputs.detach())
+
+    @torch.no_grad() if BACKEND == "torch" else (lambda function: function)
+    def run(self, order, draws):
+        order = keras.ops.convert_to_tensor(order)
+        draws = [None] * len(order) if draws is None else keras.ops.convert_to_tensor(draws)
+        carried = [variable.value for variable in self._carried()]
+        losses = []
+        for index, draw in zip(order, draws):
+            arguments = (self.trained, carried, self.images, self.labels, index, draw)
+            if self.compiled is None:
+                self.compiled = _compile_torch(self._step, *arguments)
+            loss, gradients = self.compiled(*arguments)
+            self.update(gradients)
+            losses.append(loss)
+        return torch.stack(losses)
+
+    def sync(self):
+        """Nothing to do: the variables are updated in place."""
+
+
+def _torch_weights(model):
+    return (
+        [v.value for v in model.trainable_variables],
+        [v.value for v in model.non_trainable_variables],
+    )
+
+
+def _compile_torch(function, *arguments):
+    """Trace a function of tensors once to ATen operations, and compile these with inductor.
+
+    Dynamo then meets a flat list of operations instead of Keras' Python: no graph breaks, no
+    guards on Keras' objects, no recompilation.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def plain(*arguments):  # make_fx counts the arguments of a method wrongly
+        return function(*arguments)
+
+    graph = make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    return torch.compile(graph, fullgraph=True, dynamic=False)
+
+
+def _fuse_adam(optimizer, variables):
+    """The update that a Keras optimiser makes, through PyTorch's fused kernel where it can be.
+
+    Adam and AdamW without clipping, averaging or accumulation run fused; anything else runs
+    Keras' own update. The two are the same arithmetic but for where epsilon stands: Keras adds it
+    to sqrt(v) before the bias correction, PyTorch after, so PyTorch gets epsilon divided by
+    sqrt(1 - beta_2 ** t) (Kingma and Ba 2015, end of section 2).
+    """
+    # On PyTorch Keras makes an optimiser of a backend class with the same name.
+    plain = type(optimizer).__name__ in ("Adam", "AdamW") and not any(
+        (
+            optimizer.amsgrad,
+            optimizer.clipnorm,
+            optimizer.clipvalue,
+            optimizer.global_clipnorm,
+            optimizer.use_ema,
+            optimizer.gradient_accumulation_steps,
+            optimizer.loss_scale_factor,
+        )
+    )
+    if not plain:
+        return lambda gradients: optimizer.apply(gradients, variables)
+
+    tensors = [v.value for v in variables]
+    decayed = [bool(optimizer.weight_decay) and optimizer._use_weight_decay(v) for v in variables]
+    groups = [
+        {
+            "params": [t for t, is_decayed in zip(tensors, decayed) if is_decayed == decay],
+            "weight_decay": optimizer.weight_decay if decay else 0.0,
+        }
+        for decay in sorted(set(decayed))
+    ]
+    fused = torch.optim.AdamW(groups, betas=(optimizer.beta_1, optimizer.beta_2), fused=True)
+    steps_done = int(optimizer.iterations.value)
+    # PyTorch's state is Keras' variables themselves, so that saving a model saves it.
+    for tensor, momentum, velocity in zip(tensors, optimizer._momentums, optimizer._velocities):
+        fused.state[tensor] = {
+            "step": torch.tensor(float(steps_done), device=tensor.device),
+            "exp_avg": momentum.value,
+            "exp_avg_sq": velocity.value,
+        }
+
+    def update(gradients):
+        nonlocal steps_done
+        steps_done += 1
+        learning_rate = optimizer.learning_rate
+        for group in fused.param_groups:
+            group["lr"] = keras.ops.convert_to_tensor(learning_rate)
+            group["eps"] = optimizer.epsilon / math.sqrt(1 - optimizer.beta_2**steps_done)
+        for tensor, gradient in zip(tensors, gradients):
+            tensor.grad = gradient
+        fused.step()
+        optimizer.iterations.value.add_(1)
+
+    return update
+
+
+# ---------------------------------------------------------------------------------------------
+# What a model costs
+
+
+def count_flops(model):
+    """Floating-point operations of one picture's forward pass: matrix products, 2 per
+    multiply-accumulate; norms, activations and softmax (under 1 % of a ViT) are left out.
+
+    Computed from the layers' kernels and shapes, so that every backend counts the same. A kernel
+    is used once per output position; attention multiplies (queries, keys) and (scores, values).
+    """
+    flops = 0
+    for layer in model._flatten_layers(include_self=False):
+        if isinstance(layer, keras.layers.MultiHeadAttention):
+            tokens = layer.output.shape[1]
+            flops += 2 * 2 * tokens**2 * layer.num_heads * layer.key_dim
+            kernels = (d.kernel for d in layer._flatten_layers(include_self=False) if d.weights)
+            flops += sum(2 * tokens * math.prod(kernel.shape) for kernel in kernels)
+        elif hasattr(layer, "kernel") and hasattr(layer, "_inbound_nodes"):
+            if layer._inbound_nodes:
+                positions = math.prod(layer.output.shape[1:-1])
+                flops += 2 * positions * math.prod(layer.kernel.shape)
+    return flops

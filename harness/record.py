@@ -1,0 +1,270 @@
+"""Records: what a measured run leaves behind, one JSON object a line of a JSON-lines file.
+
+Reports are made from such files alone, on any machine. A value that is not known is null, and a
+note says why: it begins with the dotted name of the value, or of its group, and a colon.
+
+    "memory.device_peak_bytes: JAX reports no memory statistics on the CPU"
+    "energy: no readable power sensor"
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+SCHEMA = 1  # goes up when the meaning of a key changes
+KINDS = ("train", "latency", "parity")
+STATUSES = ("ok", "oom", "diverged", "interrupted", "error")
+TYPES = {  # every top-level key, in the order in which it is written, and what it may hold
+    "schema": (int,),
+    "kind": (str,),
+    "status": (str,),
+    "error": (str, type(None)),
+    "id": (str,),
+    "started": (str,),
+    "argv": (list,),
+    "config": (dict,),
+    "backend": (str, type(None)),
+    "device": (dict,),
+    "versions": (dict,),
+    "git": (dict,),
+    "precision": (str, type(None)),
+    "model": (dict,),
+    "timing": (dict,),
+    "memory": (dict,),
+    "energy": (dict,),
+    "quality": (dict,),
+    "notes": (list,),
+}
+KEYS = tuple(TYPES)
+# A null in one of these needs a reason; in `error` and `config` it means "none".
+EXPLAINED = KEYS[KEYS.index("backend") : KEYS.index("notes")]
+
+
+class RecordError(ValueError):
+    """A file of records that cannot be used at all; the message is one line with the remedy."""
+
+
+def create_record(kind, **fields):
+    """A record with every top-level key: groups empty, status "error" until someone sets it.
+
+    `started` is now, in UTC (ISO 8601, whole seconds). ValueError: an unknown kind or field.
+    """
+    unknown = sorted(set(fields) - set(KEYS))
+    if kind not in KINDS or unknown:
+        what = f"fields {', '.join(unknown)}" if unknown else f"kind {kind!r}"
+        raise ValueError(f"expected a kind of {', '.join(KINDS)} and fields of KEYS, got {what}")
+    record = {key: None if type(None) in types else types[0]() for key, types in TYPES.items()}
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    record |= {"schema": SCHEMA, "kind": kind, "status": "error", "id": uuid.uuid4().hex}
+    return record | {"started": started, "argv": list(sys.argv)} | fields
+
+
+def check_record(record):
+    """What is wrong with a record: a list of one-line strings, empty for a good one.
+
+    Keys, types, kind, status and schema; then every null that no note explains.
+    """
+    problems = check_structure(record)
+    if problems:
+        return problems
+    return [
+        f'{name} is null without a reason: add a note "{name}: why"'
+        for name in find_unexplained(record)
+    ]
+
+
+def find_unexplained(record):
+    """Dotted names of the nulls that no note explains."""
+    names = dict.fromkeys(name for key in EXPLAINED for name in _find_nulls(record[key], key))
+    return [name for name in names if reason_for(record, name) is None]
+
+
+def check_structure(record):
+    """The part of `check_record` that a reader depends on: everything but the nulls' reasons."""
+    if not isinstance(record, dict):
+        return [f"expected a JSON object, got {type(record).__name__}"]
+    schema = record.get("schema")
+    if type(schema) is int and schema > SCHEMA:  # its keys may differ: nothing else is worth saying
+        return [f"schema {schema} is newer than this program's {SCHEMA}: update the program"]
+    problems = [f"key {key!r} is missing" for key in KEYS if key not in record]
+    problems += [f"key {str(key)[:40]!r} is unknown" for key in record if key not in TYPES]
+    for key, types in TYPES.items():
+        if key in record and (not isinstance(record[key], types) or record[key] is True):
+            expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            problems.append(f"{key}: expected {expected}, got {type(record[key]).__name__}")
+    if problems:
+        return problems
+    for key, known in (("schema", (SCHEMA,)), ("kind", KINDS), ("status", STATUSES)):
+        if record[key] not in known:
+            expected = ", ".join(map(str, known))
+            problems.append(f"{key}: expected {expected}, got {str(record[key])[:40]!r}")
+    if not all(isinstance(note, str) for note in record["notes"]):
+        problems.append("notes: expected a list of strings")
+    return problems
+
+
+def reason_for(record, name):
+    """Why `name` (dotted: "memory.device_peak_bytes") is null, or None when no note says so.
+
+    The most specific note wins: the field's own, then its parents'.
+    """
+    while name:
+        for note in record["notes"]:
+            if isinstance(note, str) and note.startswith(name + ":"):
+                return note[len(name) + 1 :].strip()
+        name = name.rpartition(".")[0]
+    return None
+
+
+def summarize(record):
+    """A training record in at most ten lines that a person can read."""
+    timing, quality = record["timing"], record["quality"]
+    versions, device = record["versions"], record["device"]
+    lines = [
+        f"{record['backend']} {versions.get(record['backend'], '')}, keras {versions['keras']}, "
+        f"{record['precision']}, on {device['name']} ({device['kind']})"
+    ]
+
+    def show(label, group, name, form):
+        value = record[group][name]
+        missing = f"not measured: {reason_for(record, f'{group}.{name}')}"
+        lines.append(f"  {label:<14} {missing if value is None else form(value)}"[:160])
+
+    def seconds(name):
+        return "?" if timing[name] is None else f"{timing[name]:.1f} s"
+
+    def test(accuracy):
+        top5 = f"top-5 {100 * quality['test_top5_accuracy']:.2f} %"
+        weights = f"weights of epoch {quality['best_epoch']}, {quality['dataset']}"
+        return f"{100 * accuracy:.2f} %, {top5} ({weights})"
+
+    def speed(rate):
+        return f"{rate:,.1f} images/s, {quality['train_images'] / rate:.1f} s an epoch"
+
+    def compilation(value):
+        names = ("import", "data", "build")
+        before = ", ".join(f"{name} {seconds(f'{name}_seconds')}" for name in names)
+        return f"compile {value:.1f} s ({timing['compile_cache']} cache), {before}"
+
+    def energy(joules):
+        return f"{1e3 * joules:.1f} mJ an image ({record['energy']['source']})"
+
+    def size(value):
+        return f"{value / 1e9:.2f} GB at its peak"
+
+    show("test accuracy", "quality", "test_accuracy", test)
+    show("training", "timing", "train_images_per_second", speed)
+    show("start-up", "timing", "compile_seconds", compilation)
+    show("host memory", "memory", "host_peak_bytes", size)
+    show("device memory", "memory", "device_peak_bytes", size)
+    show("energy", "energy", "joules_per_image", energy)
+    return "\n".join(lines)
+
+
+def append_record(path, record):
+    """Add a record from `create_record` to a JSON-lines file, whole or not at all.
+
+    Many processes may do so at once. Tuples become lists; paths, NumPy scalars and arrays plain
+    values; non-finite floats null (JSON has none), with a note where none explains them. Earlier
+    lines are never touched: after a torn last line a new one is begun.
+    OSError: the line could not be written whole (the disk is full, say); the file is as it was.
+    TypeError: the record holds something that JSON cannot.
+    """
+    import fcntl  # here, because reading records must also work where there is no fcntl (Windows)
+
+    lost = {}
+    plain = _make_plain(record, "", lost)
+    for name, value in lost.items():
+        if reason_for(plain, name) is None:
+            plain["notes"].append(f"{name}: not a finite number ({value})")
+    line = json.dumps(plain, allow_nan=False).encode() + b"\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        try:
+            if os.write(file, line) != len(line):
+                raise OSError(errno.ENOSPC, "the record did not fit", str(path))
+            os.fsync(file)
+        except OSError:
+            with suppress(
+                OSError
+            ):  # the first error is the one to tell; a torn line is healed above
+                os.ftruncate(file, size)
+            raise
+    finally:
+        os.close(file)  # also gives the lock back
+
+
+def read_records(path):
+    """A file's (records, problems): a problem is one line of text that names a skipped line.
+
+    RecordError: the file is missing, unreadable or empty. No content, however broken, raises more.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        got = error.strerror or error
+        raise RecordError(
+            f"{path}: expected a file of records, got {got}: check the path"
+        ) from error
+    if not content.strip():
+        raise RecordError(f"{path}: expected records, got an empty file: measure something first")
+    records, problems = [], []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode(), parse_constant=_refuse_constant)
+            found = check_structure(record)
+        except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
+            found = [f"not JSON ({getattr(error, 'msg', error)})"]
+        if found:
+            problems.append(f"{path.name} line {number}: {'; '.join(found)[:300]}: skipped")
+        else:
+            records.append(record)
+    return records, problems
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no JSON value")  # Python's parser would take NaN and Infinity
+
+
+def _find_nulls(value, name):
+    """Dotted names of the nulls in `value`; a null in a list goes by the list's name."""
+    if value is None:
+        yield name
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _find_nulls(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _find_nulls(inner, name)
+
+
+def _make_plain(value, name, lost):
+    """`value` in JSON's own types; `lost` collects the non-finite floats by dotted name."""
+    if isinstance(value, dict):
+        prefix = f"{name}." if name else ""
+        return {str(k): _make_plain(v, f"{prefix}{k}", lost) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_make_plain(inner, name, lost) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost[name] = float(value)
+        return None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy, JAX and torch scalars and arrays, without importing them
+        return _make_plain(value.tolist(), name, lost)
+    return value

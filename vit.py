@@ -1,0 +1,849 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["keras==3.15.1", "numpy", "tyro", "wandb", "python-dotenv", "nvidia-ml-py"]
+# ///
+"""Train and measure a Vision Transformer on CIFAR-100 on a Keras 3 backend of your choice.
+
+    python vit.py --no-use-wandb                          JAX, CIFAR-100, ten epochs
+    python vit.py --keras-backend torch --no-use-wandb    the same on PyTorch
+    python vit.py --dataset synthetic --no-use-wandb      no download: drawn pictures
+    uv run --with jax vit.py --no-use-wandb               from nothing
+
+The model is that of the keras.io example "Image classification with Vision Transformer"
+(https://keras.io/examples/vision/image_classification_with_vision_transformer/). The file reads
+in the order of a run: backend, configuration, model, augmentation, training, Weights & Biases,
+main. Each run appends one record of what it measured to --results-path.
+
+Exit codes: 0 done; 1 an unexpected error; 2 a bad configuration or a missing backend;
+3 out of memory; 4 diverged; 5 no data; 6 trained, but something could not be written;
+130 interrupted (Ctrl-C); 143 terminated (SIGTERM).
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import netrc
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+PROCESS_STARTED = time.perf_counter()
+EXIT_CODES = {"ok": 0, "error": 1, "oom": 3, "diverged": 4}
+NO_DATA, NOT_WRITTEN, INTERRUPTED, TERMINATED = 5, 6, 130, 143
+
+# ---------------------------------------------------------------------------------------------
+# Configuration: one field a line, the trailing comment is its help
+
+
+@dataclass
+class ViTConfig:
+    """Every choice of a run. Impossible values raise ValueError, in one line."""
+
+    keras_backend: Literal["jax", "torch", "tensorflow"] | None = (
+        None  # default: KERAS_BACKEND, else jax
+    )
+    # data
+    dataset: Literal["cifar100", "synthetic"] = "cifar100"  # synthetic: drawn pictures, no download
+    num_classes: int = 100
+    input_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels of the pictures
+    train_images: int | None = None  # a class-balanced subset, before the validation split
+    test_images: int | None = None  # likewise
+    validation_split: float = 0.1  # share of the training images, class-balanced; 0 for none
+    augment: bool = True  # flip, rotate by 0.02 turns, zoom by 0.2
+    # model
+    image_size: int = 72  # pixels a side after resizing
+    patch_size: int = 6  # pixels a side of a patch
+    projection_dim: int = 64  # width
+    num_heads: int = 4
+    head_dim: int | None = None  # width of one head; default: projection_dim
+    transformer_layers: int = 8  # depth
+    transformer_units: tuple[int, ...] | None = None  # default: 2 * projection_dim, projection_dim
+    mlp_head_units: tuple[int, ...] = (2048, 1024)
+    dropout: float = 0.1  # after the dense layers of a block
+    attention_dropout: float = 0.1
+    head_dropout: float = 0.5
+    # training
+    learning_rate: float = 0.001
+    weight_decay: float = 0.0001
+    batch_size: int = 256
+    num_epochs: int = 10
+    seed: int = 0
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
+    jit_compile: bool = True  # off: plain Keras fit, not compiled
+    trainer: Literal["compiled", "fit"] = "compiled"  # fit: Keras' own loop with its defaults
+    # files and logs
+    checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")  # the best weights
+    results_path: Path = Path("results.jsonl")  # the record is appended here
+    node_name: str = field(default_factory=platform.node)
+    verbose: bool = True  # a line an epoch, and a summary
+    use_wandb: bool = True
+    wandb_project: str = field(
+        default_factory=lambda: os.environ.get("WANDB_PROJECT") or "keras3_edge_baseline"
+    )
+    wandb_entity: str | None = field(default_factory=lambda: os.environ.get("WANDB_ENTITY") or None)
+    wandb_run_name: str | None = None
+    wandb_tags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        self.keras_backend = self.keras_backend or os.environ.get("KERAS_BACKEND") or "jax"
+        self.head_dim = self.head_dim or self.projection_dim
+        self.transformer_units = self.transformer_units or (
+            2 * self.projection_dim,
+            self.projection_dim,
+        )
+        for name, accepts, expected in (
+            *((name, lambda v: v > 0, "above 0") for name in POSITIVE),
+            *((name, lambda v: 0 <= v < 1, "at least 0 and below 1") for name in SHARES),
+            ("learning_rate", lambda v: 0 < v < math.inf, "above 0"),
+            ("weight_decay", lambda v: 0 <= v < math.inf, "at least 0"),
+            ("seed", lambda v: 0 <= v < 2**31, "0 to 2147483647"),
+            ("num_classes", lambda v: 2 <= v <= 100, "2 to 100"),
+            ("input_shape", lambda v: tuple(v) == (32, 32, 3), "32 32 3, as the data sets have it"),
+            ("mlp_head_units", lambda v: all(n > 0 for n in v), "widths above 0"),
+            ("transformer_units", lambda v: all(n > 0 for n in v), "widths above 0"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not accepts(value):
+                raise ValueError(f"{_flag(name)}: expected {expected}, got {value}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"--image-size: expected a multiple of --patch-size {self.patch_size}, "
+                f"got {self.image_size}"
+            )
+        if self.transformer_units[-1] != self.projection_dim:
+            raise ValueError(
+                "--transformer-units: expected the last to be --projection-dim "
+                f"{self.projection_dim} (it is added to the input), got {self.transformer_units}"
+            )
+        if not str(self.checkpoint_path).endswith(".weights.h5"):
+            raise ValueError(
+                "--checkpoint-path: expected a name ending in .weights.h5, "
+                f"got {self.checkpoint_path}"
+            )
+        images = self.train_images or 50_000
+        images -= round(images * self.validation_split)
+        if self.batch_size > images:
+            raise ValueError(
+                f"--batch-size: expected at most the {images} images that are left to train on, "
+                f"got {self.batch_size}"
+            )
+
+    @property
+    def num_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+POSITIVE = (
+    *("train_images", "test_images", "image_size", "patch_size", "projection_dim", "num_heads"),
+    *("head_dim", "transformer_layers", "batch_size", "num_epochs"),
+)
+SHARES = ("validation_split", "dropout", "attention_dropout", "head_dropout")
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse_config(argv):
+    """The configuration that a command line asks for; ends the process on --help and on errors.
+
+    Beside tyro's own forms it takes what W&B's sweep agents send: `--use_wandb=True`, and lists
+    as `--wandb-tags=["a","b"]`.
+    """
+    import tyro
+
+    kinds = {f.name: f.type for f in dataclasses.fields(ViTConfig)}
+    arguments, words = [], list(argv)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        is_known = flag.startswith("--") and name in kinds
+        if is_known and kinds[name] is bool and not equals:
+            equals = words and words[0].lower() in ("true", "false")
+            value = words.pop(0) if equals else ""
+        if is_known and kinds[name] is bool and value.lower() in ("true", "false"):
+            arguments.append(flag if value.lower() == "true" else f"--no-{flag[2:]}")
+            continue
+        if is_known and not equals and words and words[0].startswith("["):
+            equals, value = "=", words.pop(0)
+        if is_known and value.startswith("["):
+            try:
+                arguments += [flag, *map(str, json.loads(value))]
+                continue
+            except ValueError:
+                _fail(f"{flag}: expected a list such as [1, 2], got {value}")
+        arguments.append(f"{flag}={value}" if equals else flag)
+    try:
+        return tyro.cli(ViTConfig, args=arguments, description=__doc__.split("\n\n")[0])
+    except ValueError as error:
+        _fail(error)
+
+
+def _fail(message, code=2):
+    print(f"vit.py: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# ---------------------------------------------------------------------------------------------
+# The backend, chosen before Keras is imported
+
+EXTRAS = {"jax": "jax", "torch": "torch", "tensorflow": "tensorflow"}  # backend -> pip extra
+
+
+def _set_backend_from_env_or_cli(argv):
+    """Set KERAS_BACKEND: an explicit --keras-backend wins, then the environment, then jax.
+
+    Ends the process with exit code 2 where the backend is unknown or not installed.
+    """
+    backend = os.environ.get("KERAS_BACKEND") or "jax"
+    for position, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in ("--keras-backend", "--keras_backend"):
+            backend = value if equals else (argv[position + 1 : position + 2] or [""])[0]
+    if backend not in EXTRAS:
+        _fail(f"--keras-backend: expected one of {', '.join(EXTRAS)}, got {backend!r}")
+    if importlib.util.find_spec(backend) is None:
+        _fail(
+            f"the {backend} backend is not installed: pip install '.[{EXTRAS[backend]}]', "
+            "or choose another with --keras-backend"
+        )
+    os.environ["KERAS_BACKEND"] = backend
+    # Compiled code outlives the process, so that a second start need not compile again.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keras-vit"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    # JAX would take 75 % of the GPU at once, which hides what a run needs.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+if __name__ == "__main__":  # --help and bad values end here, before the slow imports
+    from dotenv import load_dotenv
+
+    load_dotenv()
+    _set_backend_from_env_or_cli(sys.argv[1:])
+    CONFIG = parse_config(sys.argv[1:])
+
+_import_started = time.perf_counter()
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+from keras import layers, ops  # noqa: E402
+
+from harness import augment, data, engine, record, telemetry  # noqa: E402
+from harness.dropout import Dropout, MultiHeadAttention  # noqa: E402
+from harness.stopwatch import Diverged, Stopwatch  # noqa: E402
+
+IMPORT_SECONDS = time.perf_counter() - _import_started
+IMPORT_BYTES = telemetry.host_rss_bytes()
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+@keras.saving.register_keras_serializable("vit")
+class GlorotUniform(keras.initializers.GlorotUniform):
+    """Keras' default for kernels (Glorot and Bengio 2010), drawn by NumPy's global generator.
+
+    Keras' own draws differ between backends; these depend on the seed alone, and JAX need not
+    compile a generator for each shape. `keras.utils.set_random_seed` seeds NumPy's generator.
+    """
+
+    def __call__(self, shape, dtype=None):
+        if self.input_axes:  # Keras sets both for the kernels of einsums
+            fans = [math.prod(shape[a] for a in x) for x in (self.input_axes, self.output_axes)]
+        else:
+            fans = [math.prod(shape[:-2]) * size for size in shape[-2:]]
+        limit = math.sqrt(6 / sum(fans))
+        return ops.convert_to_tensor(np.random.uniform(-limit, limit, shape), dtype=dtype)
+
+
+@keras.saving.register_keras_serializable("vit")
+class RandomUniform(keras.initializers.Initializer):
+    """Keras' default for embeddings, within 0.05 to either side, drawn like GlorotUniform."""
+
+    def __call__(self, shape, dtype=None):
+        return ops.convert_to_tensor(np.random.uniform(-0.05, 0.05, shape), dtype=dtype)
+
+
+@keras.saving.register_keras_serializable("vit")
+class Patches(layers.Layer):
+    """Cut images (batch, height, width, channels) into flat patches (batch, patches, pixels)."""
+
+    def __init__(self, patch_size, **kwargs):
+        super().__init__(**kwargs)
+        self.patch_size = patch_size
+
+    def call(self, images):
+        _, height, width, channels = images.shape
+        size, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
+        x = ops.reshape(images, (-1, rows, size, columns, size, channels))
+        x = ops.transpose(x, (0, 1, 3, 2, 4, 5))  # (batch, rows, columns, size, size, channels)
+        return ops.reshape(x, (-1, rows * columns, size * size * channels))
+
+    def get_config(self):
+        return {**super().get_config(), "patch_size": self.patch_size}
+
+
+@keras.saving.register_keras_serializable("vit")
+class PatchEncoder(layers.Layer):
+    """Project patches to the model's width and add a learned embedding of their position."""
+
+    def __init__(self, num_patches, projection_dim, **kwargs):
+        super().__init__(**kwargs)
+        self.num_patches, self.projection_dim = num_patches, projection_dim
+        self.projection = layers.Dense(
+            projection_dim, kernel_initializer=GlorotUniform(), dtype=self.dtype_policy
+        )
+
+    def build(self, input_shape):
+        self.projection.build(input_shape)
+        self.position_embedding = self.add_weight(
+            shape=(self.num_patches, self.projection_dim),
+            initializer=RandomUniform(),
+            name="position_embedding",
+        )
+
+    def call(self, patches):  # (batch, patches, pixels) -> (batch, patches, dim)
+        projected = self.projection(patches)
+        return projected + ops.cast(self.position_embedding, projected.dtype)
+
+    def get_config(self):
+        sizes = {"num_patches": self.num_patches, "projection_dim": self.projection_dim}
+        return {**super().get_config(), **sizes}
+
+
+def mlp(x, units, dropout):
+    """Dense layers with GELU and dropout."""
+    for width in units:
+        x = layers.Dense(width, activation="gelu", kernel_initializer=GlorotUniform())(x)
+        x = Dropout(dropout)(x)
+    return x
+
+
+def encode(patches, config):
+    """Pre-norm transformer blocks: (batch, patches, pixels) -> (batch, patches, dim)."""
+    x = PatchEncoder(config.num_patches, config.projection_dim)(patches)
+    for _ in range(config.transformer_layers):
+        h = layers.LayerNormalization(epsilon=1e-6)(x)
+        h = MultiHeadAttention(
+            num_heads=config.num_heads,
+            key_dim=config.head_dim,
+            dropout=config.attention_dropout,
+            kernel_initializer=GlorotUniform(),
+        )(h, h)
+        x = layers.Add()([x, h])
+        h = layers.LayerNormalization(epsilon=1e-6)(x)
+        h = mlp(h, config.transformer_units, config.dropout)
+        x = layers.Add()([x, h])
+    return layers.LayerNormalization(epsilon=1e-6)(x)
+
+
+def create_vit_classifier(config, mean=127.5, variance=127.5**2):
+    """The classifier, from raw pixels to logits, with weights that depend on the seed alone.
+
+    Args:
+        mean, variance: of the training pixels, one number or one per channel; part of the model,
+            so that a saved model takes uint8 or float pixels 0 to 255 as they are.
+
+    Returns:
+        keras.Model from (batch, 32, 32, 3) pixels to (batch, num_classes) float32 logits.
+    """
+    keras.utils.set_random_seed(config.seed)
+    pixels = layers.Input(config.input_shape, name="pixels")
+    x = layers.Normalization(mean=mean, variance=variance)(pixels)
+    x = layers.Resizing(config.image_size, config.image_size)(x)
+    x = Patches(config.patch_size)(x)
+    x = encode(x, config)  # (batch, patches, dim)
+    x = layers.Flatten()(x)
+    x = Dropout(config.head_dropout)(x)
+    x = mlp(x, config.mlp_head_units, config.head_dropout)
+    logits = layers.Dense(
+        config.num_classes, kernel_initializer=GlorotUniform(), dtype="float32", name="logits"
+    )(x)
+    return keras.Model(pixels, logits, name="vit")
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation
+
+
+def create_data_augmentation(config, x_train):
+    """What is done to pictures, split by where it belongs.
+
+    Returns:
+        (statistics, draw, apply). statistics: mean and variance per channel of x_train, for the
+        model, which normalises and resizes so that it can't be fed wrongly. draw(epoch): the
+        random draws of an epoch, one row per picture, NumPy; apply(images, draws): the same
+        pictures flipped, rotated by up to 0.02 turns and zoomed by up to 0.2, on the device and
+        outside the differentiated model. draw and apply are None with --no-augment.
+    """
+    pixels = x_train.reshape(-1, x_train.shape[-1])
+    # Sums of bytes are exact; float32 means of 150 million of them are not.
+    mean = pixels.sum(axis=0, dtype="int64") / len(pixels)
+    square = (np.arange(256) ** 2).astype("uint16")[pixels].sum(axis=0, dtype="int64") / len(pixels)
+    statistics = {"mean": mean.tolist(), "variance": (square - mean**2).tolist()}
+    if not config.augment:
+        return statistics, None, None
+
+    def draw(epoch):
+        return augment.draw_affine(len(x_train), config.seed, epoch)
+
+    return statistics, draw, augment.apply_affine
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+class Terminated(BaseException):
+    """SIGTERM; like KeyboardInterrupt no Exception, so that nothing swallows it."""
+
+
+class Batches(keras.utils.PyDataset):
+    """An epoch's batches for Keras' own `fit`: the same pictures, order and draws."""
+
+    def __init__(self, dataset, config, draw, apply):
+        super().__init__()
+        self.dataset, self.config, self.draw = dataset, config, draw
+        self.apply = apply and engine.compile_function(apply)
+        self.start(0)
+
+    def start(self, epoch):
+        """Draw this epoch. (Keras calls on_epoch_end before the first epoch, too: of no use.)"""
+        self.order = data.epoch_order(len(self.dataset.x_train), self.config.seed, epoch)
+        self.draws = self.draw(epoch) if self.draw else None
+
+    def __len__(self):
+        return len(self.dataset.x_train) // self.config.batch_size
+
+    def __getitem__(self, step):
+        rows = slice(step * self.config.batch_size, (step + 1) * self.config.batch_size)
+        index = self.order[rows]
+        images, labels = self.dataset.x_train[index], self.dataset.y_train[index]
+        return (self.apply(images, self.draws[rows]) if self.apply else images), labels
+
+
+def train_plain(model, dataset, config, draw, apply, callbacks):
+    """Train with Keras' own `fit`, whatever it costs: that is what it is here to show."""
+    validation = (dataset.x_validation, dataset.y_validation)
+    batches = Batches(dataset, config, draw, apply)
+    start = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: batches.start(epoch))
+    model.fit(
+        batches,
+        validation_data=validation if len(dataset.x_validation) else None,
+        validation_batch_size=config.batch_size,
+        epochs=config.num_epochs,
+        callbacks=[start, *callbacks],
+        shuffle=False,  # Batches brings its own order
+        verbose=0,
+    )
+
+
+def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
+    """Train with this project's compiled steps; what happens in an epoch is what `fit` does."""
+    steps = len(dataset.x_train) // config.batch_size  # a smaller last batch would compile anew
+    per_call = engine.steps_per_call(steps)
+    engine.build_state(model, config.batch_size)
+    training = engine.compile_train_steps(model, dataset.x_train, dataset.y_train, apply)
+    forward = engine.compile_forward(model)
+    progress = Progress(config, steps)
+    callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
+    callbacks.on_train_begin()
+    for epoch in range(config.num_epochs):
+        model.reset_metrics()
+        order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
+        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+        draws = draw(epoch)[: order.size].reshape(*order.shape, 2, 2) if draw else None
+        callbacks.on_epoch_begin(epoch)
+        running = None
+        for first in range(0, steps, per_call):
+            rows = slice(first, first + per_call)
+            losses = training.run(order[rows], None if draws is None else draws[rows])
+            if epoch == first == 0:
+                stopwatch.on_first_step()
+            # The previous call's losses: reading this call's would leave the device idle.
+            progress.show(epoch, first, running)
+            running = losses
+        training.sync()
+        progress.show(epoch, steps, running)
+        logs = {name: float(value) for name, value in model.get_metrics_result().items()}
+        callbacks.on_test_begin()
+        if len(dataset.x_validation):
+            results = engine.evaluate(
+                model, forward, dataset.x_validation, dataset.y_validation, config.batch_size
+            )
+            logs |= {f"val_{name}": value for name, value in results.items()}
+        callbacks.on_epoch_end(epoch, logs)
+        if model.stop_training:
+            break
+    callbacks.on_train_end()
+    return lambda images, labels: engine.evaluate(model, forward, images, labels, config.batch_size)
+
+
+class Progress:
+    """Counts an epoch's steps in a terminal's line, and checks that the loss is a number."""
+
+    def __init__(self, config, steps):
+        self.config, self.steps = config, steps
+        self.is_shown = config.verbose and sys.stderr.isatty()
+
+    def show(self, epoch, step, losses):
+        """losses: the running mean of the loss up to `step`, (steps of a call,), or None yet."""
+        loss = math.nan if losses is None else float(losses[-1])
+        if losses is not None and not math.isfinite(loss):
+            bad = next(i for i, value in enumerate(losses) if not math.isfinite(float(value)))
+            step += bad + 1 - len(losses)
+            raise Diverged(f"loss {float(losses[bad])} in epoch {epoch + 1}, step {step}")
+        if self.is_shown:
+            end = "\r" if step < self.steps else "\r\033[K"
+            line = f"epoch {epoch + 1}/{self.config.num_epochs}  step {step}/{self.steps}"
+            print(f"{line}  loss {loss:.3f}", end=end, file=sys.stderr, flush=True)
+
+
+def run_experiment(config, dataset, report, run=None):
+    """Build, train and test; `report`, a record, is filled in on the way, so that a run that
+    fails leaves what it had.
+
+    Args:
+        run: an open W&B run, or None.
+
+    Returns:
+        the trained model, with the weights that were tested.
+
+    Raises:
+        Diverged; whatever the backend raises, its own out-of-memory errors included.
+    """
+    timing, quality, notes = report["timing"], report["quality"], report["notes"]
+    if report["precision"] != config.precision:
+        notes.append(f"precision: {config.precision} asked, but a CPU has only float32 for it")
+
+    started = time.perf_counter()
+    statistics, draw, apply = create_data_augmentation(config, dataset.x_train)
+    model = create_vit_classifier(config, **statistics)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(config.learning_rate, weight_decay=config.weight_decay),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[
+            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+            keras.metrics.SparseTopKCategoricalAccuracy(5, name="top-5-accuracy"),
+        ],
+        jit_compile="auto" if config.jit_compile else False,
+    )
+    timing["build_seconds"] = time.perf_counter() - started
+    report["model"]["parameters"] = sum(math.prod(v.shape) for v in model.trainable_variables)
+    report["model"]["flops_per_image"] = engine.count_flops(model)
+
+    is_plain = config.trainer == "fit" or not config.jit_compile or engine.BACKEND == "tensorflow"
+    stopwatch = Stopwatch(
+        epochs=config.num_epochs,
+        images_per_epoch=len(dataset.x_train) // config.batch_size * config.batch_size,
+        batch_size=config.batch_size,
+        synchronize=engine.synchronize,
+        meter=telemetry.create_energy_meter(device=report["device"]["kind"]),
+        report=partial(print, flush=True) if config.verbose else lambda line: None,
+    )
+    history = keras.callbacks.History()
+    callbacks = [stopwatch, history]
+    has_validation = len(dataset.x_validation) > 0
+    if has_validation:
+        config.checkpoint_path.unlink(missing_ok=True)  # another run's best is not this one's
+        callbacks.append(
+            keras.callbacks.ModelCheckpoint(
+                str(config.checkpoint_path),
+                monitor="val_accuracy",
+                mode="max",
+                save_best_only=True,
+                save_weights_only=True,
+            )
+        )
+    if run is not None:
+        callbacks.append(CustomWandbCallback(run))
+    try:
+        if is_plain:
+            train_plain(model, dataset, config, draw, apply, callbacks)
+
+            def evaluate(images, labels):
+                return model.evaluate(
+                    images, labels, batch_size=config.batch_size, verbose=0, return_dict=True
+                )
+        else:
+            evaluate = train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch)
+    finally:
+        figures, energy, reasons = stopwatch.measure(PROCESS_STARTED)
+        timing |= figures
+        report["energy"] |= energy
+        notes += reasons
+        for name, values in history.history.items():
+            quality[name.replace("top-5-accuracy", "top5_accuracy")] = values
+
+    if has_validation:
+        quality["best_epoch"] = 1 + int(np.argmax(quality["val_accuracy"]))
+        model.load_weights(config.checkpoint_path)
+    else:
+        quality["best_epoch"] = config.num_epochs
+        notes.append("no validation images: the last epoch's weights were tested")
+    started = time.perf_counter()
+    results = evaluate(dataset.x_test, dataset.y_test)
+    timing["evaluation_seconds"] = time.perf_counter() - started
+    quality["test_accuracy"] = results["accuracy"]
+    quality["test_top5_accuracy"] = results["top-5-accuracy"]
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# What was measured
+
+MEASURED = {  # the record's groups and what a training run may find out for each
+    "model": ("parameters", "flops_per_image"),
+    "timing": (
+        *("import_seconds", "data_seconds", "build_seconds", "start_seconds", "compile_seconds"),
+        *("compile_cache", "epoch_seconds", "validation_seconds", "train_images_per_second"),
+        *("evaluation_seconds", "total_seconds"),
+    ),
+    "memory": (
+        *("device_peak_bytes", "device_peak_source", "host_peak_bytes", "host_import_bytes"),
+    ),
+    "energy": ("joules", "joules_per_image", "source", "window_seconds"),
+    "quality": (
+        *("dataset", "data_fingerprint", "train_images", "validation_images", "test_images"),
+        *("loss", "accuracy", "top5_accuracy", "val_loss", "val_accuracy", "val_top5_accuracy"),
+        *("test_accuracy", "test_top5_accuracy", "best_epoch"),
+    ),
+}
+
+
+def create_report(config, precision, machine):
+    """A record with all that is known before the run; every figure is still null."""
+    backend = keras.backend.backend()
+    device = {key: machine[key] for key in machine if key != "notes"}
+    device |= {"kind": "gpu" if engine.on_gpu() else "cpu", "node_name": config.node_name}
+    device["name"] = engine.gpu_name() or device["cpu_name"]
+    versions, git = telemetry.read_versions(backend), telemetry.read_git(Path(__file__).parent)
+    report = record.create_record(
+        "train",
+        argv=sys.argv,
+        config=dataclasses.asdict(config),
+        backend=backend,
+        precision=precision,
+        device=device,
+        versions=versions,
+        git=git,
+        notes=[*machine["notes"], *versions.pop("notes"), *git.pop("notes")],
+        **{group: dict.fromkeys(names) for group, names in MEASURED.items()},
+    )
+    if os.environ.get("VIT_RECORD_ID"):  # a comparison names its runs
+        report["id"] = os.environ["VIT_RECORD_ID"]
+    report["timing"]["import_seconds"] = IMPORT_SECONDS
+    report["memory"]["host_import_bytes"] = IMPORT_BYTES
+    return report
+
+
+def finish_report(report, machine, status, error=None):
+    """The last figures, and a reason for each that is missing."""
+    report["status"], report["error"] = status, error
+    notes, memory = report["notes"], report["memory"]
+    memory["host_peak_bytes"] = telemetry.host_peak_bytes()
+    memory["device_peak_bytes"], told = engine.device_peak_bytes()
+    if memory["device_peak_bytes"] is None:
+        notes += [f"memory.device_peak_bytes: {told}", f"memory.device_peak_source: {told}"]
+    else:
+        memory["device_peak_source"] = told
+    report["timing"]["total_seconds"] = time.perf_counter() - PROCESS_STARTED
+    notes += telemetry.compare_conditions(machine, telemetry.read_conditions())
+    if status != "ok":
+        groups = dict.fromkeys(name.split(".")[0] for name in record.find_unexplained(report))
+        notes += [f"{group}: the run ended ({status}) before it was measured" for group in groups]
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights & Biases, imported only when it is used
+
+
+class CustomWandbCallback(keras.callbacks.Callback):
+    """Log every metric of every epoch. A failure is told once, and training goes on."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def on_epoch_end(self, epoch, logs=None):
+        log_wandb(self.run, {**logs, "epoch": epoch})
+
+
+def log_wandb(run, values, summary=None):
+    """Log to W&B, which may fail in ways of its own: the run and its record must not."""
+    try:
+        run.log(values)
+        run.summary.update(summary or {})
+    except Exception as error:
+        print(f"warning: W&B did not take a log: {error}: training goes on", file=sys.stderr)
+
+
+def start_wandb(config):
+    """Open a W&B run: online with a key, else offline with a line of advice, never a prompt."""
+    if importlib.util.find_spec("wandb") is None:
+        _fail("wandb is not installed: pip install wandb, or run with --no-use-wandb")
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None and not has_wandb_key():
+        mode = "offline"
+        print(
+            "W&B: no API key, so this run is logged offline. Set WANDB_API_KEY to log online, "
+            "or --no-use-wandb not to log.",
+            file=sys.stderr,
+        )
+    settings = {
+        "project": config.wandb_project,
+        "entity": config.wandb_entity,
+        "name": config.wandb_run_name,
+        "tags": list(config.wandb_tags),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        | {"backend": keras.backend.backend()},
+    }
+    try:
+        return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=10), **settings)
+    except Exception as error:
+        print(f"warning: W&B: {error}: this run is logged offline", file=sys.stderr)
+        return wandb.init(mode="offline", **settings)
+
+
+def has_wandb_key():
+    """Whether W&B would find an API key: in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def finish_wandb(run, report):
+    """Log the test results and figures under their names on the dashboard, and close the run."""
+    timing, memory, quality = report["timing"], report["memory"], report["quality"]
+    results = {
+        "total_parameters": report["model"]["parameters"],
+        "test_accuracy": quality["test_accuracy"],
+        "test_top5_accuracy": quality["test_top5_accuracy"],
+        "train_images_per_second": timing["train_images_per_second"],
+        "compile_seconds": timing["compile_seconds"],
+        "host_peak_bytes": memory["host_peak_bytes"],
+        "device_peak_bytes": memory["device_peak_bytes"],
+        "joules_per_image": report["energy"]["joules_per_image"],
+    }
+    results = {name: value for name, value in results.items() if value is not None}
+    final = {f"final_{n}": results[n] for n in results if n.startswith("test_")}
+    log_wandb(run, results, {**final, "status": report["status"]})
+    try:
+        run.finish(exit_code=EXIT_CODES.get(report["status"], 1))
+    except Exception as error:
+        print(f"warning: W&B did not close: {error}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------
+# Main
+
+
+def main(config):
+    """One run from configuration to record. Returns the exit code."""
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    machine = telemetry.describe_machine()  # before the backend touches the GPU
+    try:
+        precision = engine.set_precision(config.precision)
+    except ValueError as error:
+        _fail(error)
+    run = start_wandb(config) if config.use_wandb else None
+    report = create_report(config, precision, machine)
+    cached = count_compiled()
+    try:
+        started = time.perf_counter()
+        dataset = data.load_dataset(
+            config.dataset,
+            num_classes=config.num_classes,
+            train_images=config.train_images,
+            test_images=config.test_images,
+            validation_split=config.validation_split,
+            seed=config.seed,
+        )
+        report["timing"]["data_seconds"] = time.perf_counter() - started
+        report["quality"] |= {
+            "dataset": dataset.label,
+            "data_fingerprint": dataset.fingerprint,
+            "train_images": len(dataset.x_train),
+            "validation_images": len(dataset.x_validation),
+            "test_images": len(dataset.x_test),
+        }
+        if config.verbose:
+            print(describe_run(config, dataset), flush=True)
+        run_experiment(config, dataset, report, run)
+        status, error, code = "ok", None, 0
+    except data.DataError as problem:
+        status, error, code = "error", str(problem), NO_DATA
+    except Diverged as problem:
+        status, error, code = (
+            "diverged",
+            f"{problem}: lower --learning-rate",
+            EXIT_CODES["diverged"],
+        )
+    except KeyboardInterrupt:
+        status, error, code = "interrupted", "Ctrl-C", INTERRUPTED
+    except Terminated:
+        status, error, code = "interrupted", "SIGTERM", TERMINATED
+    except Exception as problem:
+        first_line = f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:300]
+        if engine.is_out_of_memory(problem):
+            error = f"out of memory: lower --batch-size {config.batch_size} ({first_line})"
+            status, code = "oom", EXIT_CODES["oom"]
+        else:
+            traceback.print_exc()
+            status, error, code = "error", first_line, 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on the record comes first
+    if report["timing"]["compile_seconds"] is not None:
+        report["timing"]["compile_cache"] = "warm" if count_compiled() == cached else "cold"
+    finish_report(report, machine, status, error)
+    if status != "ok":
+        print(f"vit.py: {status}: {error}", file=sys.stderr)
+    try:
+        record.append_record(config.results_path, report)
+        written = f"  {'record':<14} {config.results_path}"
+    except OSError as problem:
+        print(f"vit.py: the record could not be written: {problem}", file=sys.stderr)
+        written, code = f"  {'record':<14} not written: {problem}", code or NOT_WRITTEN
+    if config.verbose:
+        print(f"{record.summarize(report)}\n{written}", flush=True)
+    if run is not None:
+        finish_wandb(run, report)
+    return code
+
+
+def describe_run(config, dataset):
+    """What is about to be trained, in a line."""
+    return (
+        f"{keras.backend.backend()} on {engine.gpu_name() or 'the CPU'}: {dataset.label}, "
+        f"{len(dataset.x_train):,} images to train on, {len(dataset.x_validation):,} to validate, "
+        f"{len(dataset.x_test):,} to test"
+    )
+
+
+def count_compiled():
+    """How many files the persistent compilation cache holds: a cold start adds some."""
+    folder = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch": "TORCHINDUCTOR_CACHE_DIR"}
+    folder = os.environ.get(folder.get(keras.backend.backend(), ""))
+    return sum(len(files) for _, _, files in os.walk(folder)) if folder else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(CONFIG))
