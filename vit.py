@@ -43,9 +43,13 @@ NO_DATA, NOT_WRITTEN, INTERRUPTED, TERMINATED = 5, 6, 130, 143
 # Configuration: one field a line, the trailing comment is its help
 
 
+class ConfigError(Exception):
+    """An impossible value, in one line: expected and got. (tyro would frame a ValueError.)"""
+
+
 @dataclass
 class ViTConfig:
-    """Every choice of a run. Impossible values raise ValueError, in one line."""
+    """Every choice of a run. Impossible values raise ConfigError."""
 
     keras_backend: Literal["jax", "torch", "tensorflow"] | None = (
         None  # default: KERAS_BACKEND, else jax
@@ -112,26 +116,30 @@ class ViTConfig:
         ):
             value = getattr(self, name)
             if value is not None and not accepts(value):
-                raise ValueError(f"{_flag(name)}: expected {expected}, got {value}")
+                raise ConfigError(f"{_flag(name)}: expected {expected}, got {value}")
         if self.image_size % self.patch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"--image-size: expected a multiple of --patch-size {self.patch_size}, "
                 f"got {self.image_size}"
             )
         if self.transformer_units[-1] != self.projection_dim:
-            raise ValueError(
+            raise ConfigError(
                 "--transformer-units: expected the last to be --projection-dim "
                 f"{self.projection_dim} (it is added to the input), got {self.transformer_units}"
             )
         if not str(self.checkpoint_path).endswith(".weights.h5"):
-            raise ValueError(
+            raise ConfigError(
                 "--checkpoint-path: expected a name ending in .weights.h5, "
                 f"got {self.checkpoint_path}"
             )
+        for name, available in (("train_images", 50_000), ("test_images", 10_000)):
+            asked = getattr(self, name)
+            if self.dataset == "cifar100" and asked and asked > available:
+                raise ConfigError(f"{_flag(name)}: expected at most {available}, got {asked}")
         images = self.train_images or 50_000
         images -= round(images * self.validation_split)
         if self.batch_size > images:
-            raise ValueError(
+            raise ConfigError(
                 f"--batch-size: expected at most the {images} images that are left to train on, "
                 f"got {self.batch_size}"
             )
@@ -183,7 +191,7 @@ def parse_config(argv):
         arguments.append(f"{flag}={value}" if equals else flag)
     try:
         return tyro.cli(ViTConfig, args=arguments, description=__doc__.split("\n\n")[0])
-    except ValueError as error:
+    except ConfigError as error:
         _fail(error)
 
 
@@ -219,6 +227,7 @@ def _set_backend_from_env_or_cli(argv):
     # Compiled code outlives the process, so that a second start need not compile again.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keras-vit"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     # JAX would take 75 % of the GPU at once, which hides what a run needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -226,11 +235,16 @@ def _set_backend_from_env_or_cli(argv):
 
 
 if __name__ == "__main__":  # --help and bad values end here, before the slow imports
-    from dotenv import load_dotenv
+    from dotenv import find_dotenv, load_dotenv
 
-    load_dotenv()
+    from harness.malloc import keep_memory
+
+    load_dotenv(find_dotenv(usecwd=True))
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse_config(sys.argv[1:])
+    keep_memory()
+else:  # imported, by another command or a test
+    _set_backend_from_env_or_cli([])
 
 _import_started = time.perf_counter()
 import keras  # noqa: E402
@@ -271,6 +285,25 @@ class RandomUniform(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype=None):
         return ops.convert_to_tensor(np.random.uniform(-0.05, 0.05, shape), dtype=dtype)
+
+
+@keras.saving.register_keras_serializable("vit")
+class Resize(layers.Layer):
+    """Resize images (batch, height, width, channels) to squares, bilinearly.
+
+    Not keras.layers.Resizing: as all of Keras' preprocessing layers it calls itself in training
+    mode by default, and layers after it inherit that: `model(pixels)` would drop units.
+    """
+
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+
+    def call(self, images):
+        return ops.image.resize(images, (self.size, self.size), data_format="channels_last")
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
 
 
 @keras.saving.register_keras_serializable("vit")
@@ -359,7 +392,7 @@ def create_vit_classifier(config, mean=127.5, variance=127.5**2):
     keras.utils.set_random_seed(config.seed)
     pixels = layers.Input(config.input_shape, name="pixels")
     x = layers.Normalization(mean=mean, variance=variance)(pixels)
-    x = layers.Resizing(config.image_size, config.image_size)(x)
+    x = Resize(config.image_size)(x)
     x = Patches(config.patch_size)(x)
     x = encode(x, config)  # (batch, patches, dim)
     x = layers.Flatten()(x)
@@ -386,9 +419,10 @@ def create_data_augmentation(config, x_train):
         outside the differentiated model. draw and apply are None with --no-augment.
     """
     pixels = x_train.reshape(-1, x_train.shape[-1])
-    # Sums of bytes are exact; float32 means of 150 million of them are not.
-    mean = pixels.sum(axis=0, dtype="int64") / len(pixels)
-    square = (np.arange(256) ** 2).astype("uint16")[pixels].sum(axis=0, dtype="int64") / len(pixels)
+    mean, square = 0, 0
+    for chunk in np.array_split(pixels, len(x_train) // 1000 + 1):  # in float64 sums are exact
+        mean = mean + chunk.sum(axis=0, dtype="float64") / len(pixels)
+        square = square + (chunk.astype("float64") ** 2).sum(axis=0) / len(pixels)
     statistics = {"mean": mean.tolist(), "variance": (square - mean**2).tolist()}
     if not config.augment:
         return statistics, None, None
@@ -464,6 +498,7 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
         draws = draw(epoch)[: order.size].reshape(*order.shape, 2, 2) if draw else None
         callbacks.on_epoch_begin(epoch)
         running = None
+        progress.show(epoch, 0, running)
         for first in range(0, steps, per_call):
             rows = slice(first, first + per_call)
             losses = training.run(order[rows], None if draws is None else draws[rows])
@@ -497,15 +532,18 @@ class Progress:
 
     def show(self, epoch, step, losses):
         """losses: the running mean of the loss up to `step`, (steps of a call,), or None yet."""
-        loss = math.nan if losses is None else float(losses[-1])
-        if losses is not None and not math.isfinite(loss):
-            bad = next(i for i, value in enumerate(losses) if not math.isfinite(float(value)))
-            step += bad + 1 - len(losses)
-            raise Diverged(f"loss {float(losses[bad])} in epoch {epoch + 1}, step {step}")
+        state = "compiling ..." if epoch == 0 else ""
+        if losses is not None:
+            losses = [float(loss) for loss in losses]
+            bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+            if bad is not None:
+                step += bad + 1 - len(losses)
+                raise Diverged(f"loss {losses[bad]} in epoch {epoch + 1}, step {step}")
+            state = f"loss {losses[-1]:.3f}"
         if self.is_shown:
-            end = "\r" if step < self.steps else "\r\033[K"
-            line = f"epoch {epoch + 1}/{self.config.num_epochs}  step {step}/{self.steps}"
-            print(f"{line}  loss {loss:.3f}", end=end, file=sys.stderr, flush=True)
+            line = f"epoch {epoch + 1}/{self.config.num_epochs}  step {step}/{self.steps}  {state}"
+            end = "\033[K\r" if step < self.steps else "\r\033[K"
+            print(line, end=end, file=sys.stderr, flush=True)
 
 
 def run_experiment(config, dataset, report, run=None):
@@ -582,20 +620,26 @@ def run_experiment(config, dataset, report, run=None):
         report["energy"] |= energy
         notes += reasons
         for name, values in history.history.items():
-            quality[name.replace("top-5-accuracy", "top5_accuracy")] = values
+            quality[record_name(name)] = values
 
     if has_validation:
         quality["best_epoch"] = 1 + int(np.argmax(quality["val_accuracy"]))
         model.load_weights(config.checkpoint_path)
     else:
-        quality["best_epoch"] = config.num_epochs
-        notes.append("no validation images: the last epoch's weights were tested")
+        quality["best_epoch"] = len(quality["loss"])
+        missing = ("val_loss", "val_accuracy", "val_top5_accuracy")
+        notes += [f"quality.{name}: there are no validation images" for name in missing]
+        notes.append("without validation images the last epoch's weights were tested")
     started = time.perf_counter()
     results = evaluate(dataset.x_test, dataset.y_test)
     timing["evaluation_seconds"] = time.perf_counter() - started
-    quality["test_accuracy"] = results["accuracy"]
-    quality["test_top5_accuracy"] = results["top-5-accuracy"]
+    quality |= {f"test_{record_name(name)}": value for name, value in results.items()}
     return model
+
+
+def record_name(metric):
+    """A metric's name in a record: W&B and Keras' log say top-5-accuracy, a key says top5."""
+    return metric.replace("top-5-accuracy", "top5_accuracy")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -760,6 +804,7 @@ def main(config):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    check_writable(config)
     machine = telemetry.describe_machine()  # before the backend touches the GPU
     try:
         precision = engine.set_precision(config.precision)
@@ -767,7 +812,7 @@ def main(config):
         _fail(error)
     run = start_wandb(config) if config.use_wandb else None
     report = create_report(config, precision, machine)
-    cached = count_compiled()
+    cached = count_compiled(config)
     try:
         started = time.perf_counter()
         dataset = data.load_dataset(
@@ -810,9 +855,12 @@ def main(config):
         else:
             traceback.print_exc()
             status, error, code = "error", first_line, 1
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on the record comes first
-    if report["timing"]["compile_seconds"] is not None:
-        report["timing"]["compile_cache"] = "warm" if count_compiled() == cached else "cold"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # from here on the record comes first
+    if count_compiled(config) == 0:
+        report["notes"].append("timing.compile_cache: nothing was compiled for later runs")
+    else:
+        report["timing"]["compile_cache"] = "warm" if count_compiled(config) == cached else "cold"
     finish_report(report, machine, status, error)
     if status != "ok":
         print(f"vit.py: {status}: {error}", file=sys.stderr)
@@ -829,6 +877,20 @@ def main(config):
     return code
 
 
+def check_writable(config):
+    """End the process at once, not after hours of training, where results could not be kept."""
+    for name in ("results_path", "checkpoint_path"):
+        path = getattr(config, name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            _fail(f"{_flag(name)}: expected a file that can be written, got {path}: {error}")
+
+
 def describe_run(config, dataset):
     """What is about to be trained, in a line."""
     return (
@@ -838,9 +900,12 @@ def describe_run(config, dataset):
     )
 
 
-def count_compiled():
-    """How many files the persistent compilation cache holds: a cold start adds some."""
-    folder = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch": "TORCHINDUCTOR_CACHE_DIR"}
+def count_compiled(config):
+    """How many files the persistent compilation cache holds: a cold start adds some. None are
+    there for TensorFlow, which keeps none, and for PyTorch's plain `fit`, which is eager."""
+    folder = {"jax": "JAX_COMPILATION_CACHE_DIR"}
+    if config.trainer == "compiled" and config.jit_compile:
+        folder["torch"] = "TORCHINDUCTOR_CACHE_DIR"
     folder = os.environ.get(folder.get(keras.backend.backend(), ""))
     return sum(len(files) for _, _, files in os.walk(folder)) if folder else 0
 

@@ -7,7 +7,6 @@ same pictures, up to float rounding.
 """
 
 import numpy as np
-from keras import ops
 
 
 def draw_affine(count, seed, epoch, rotation=0.02, zoom=0.2):
@@ -43,6 +42,14 @@ def apply_affine(images, maps):
     Returns:
         float32 (batch, height, width, channels), in the range of the input.
     """
+    from keras import ops  # here: who only draws, as the peers do, needs no Keras
+
+    def mirror(index, size):
+        """Fold an index that left the picture back into it: 1 0 | 0 1 2 ... (at most one size)."""
+        index = ops.where(index < 0, -1 - index, index)
+        index = ops.where(index >= size, 2 * size - 1 - index, index)
+        return ops.clip(index, 0, size - 1)
+
     batch, height, width, channels = images.shape
     center_x, center_y = (width - 1) / 2, (height - 1) / 2
     y, x = np.mgrid[:height, :width].reshape(2, 1, -1)
@@ -53,9 +60,9 @@ def apply_affine(images, maps):
     left, top = ops.floor(source_x), ops.floor(source_y)
     right_share, bottom_share = source_x - left, source_y - top
     left, top = ops.cast(left, "int32"), ops.cast(top, "int32")
-    columns = (_mirror(left, width), _mirror(left + 1, width))
+    columns = (mirror(left, width), mirror(left + 1, width))
     first = ops.expand_dims(ops.arange(batch, dtype="int32") * (height * width), 1)
-    rows = [first + _mirror(row, height) * width for row in (top, top + 1)]
+    rows = [first + mirror(row, height) * width for row in (top, top + 1)]
     pixels = ops.reshape(images, (-1, channels))
 
     def tap(row, column, share):
@@ -69,10 +76,3 @@ def apply_affine(images, maps):
         + tap(rows[1], columns[1], bottom_share * right_share)
     )
     return ops.reshape(result, (batch, height, width, channels))
-
-
-def _mirror(index, size):
-    """Fold an index that left the picture back into it: ... 1 0 | 0 1 2 ... (at most one size)."""
-    index = ops.where(index < 0, -1 - index, index)
-    index = ops.where(index >= size, 2 * size - 1 - index, index)
-    return ops.clip(index, 0, size - 1)

@@ -325,8 +325,11 @@ class _TorchTraining:
         tracker.update_state(loss.detach(), sample_weight=x.shape[0])
         return self.model.compute_metrics(x, y, outputs.detach())
 
-    @torch.no_grad() if BACKEND == "torch" else (lambda function: function)
     def run(self, order, draws):
+        with torch.no_grad():
+            return self._run(order, draws)
+
+    def _run(self, order, draws):
         order = keras.ops.convert_to_tensor(order)
         draws = [None] * len(order) if draws is None else keras.ops.convert_to_tensor(draws)
         carried = [variable.value for variable in self._carried()]
@@ -435,14 +438,11 @@ def count_flops(model):
     is used once per output position; attention multiplies (queries, keys) and (scores, values).
     """
     flops = 0
-    for layer in model._flatten_layers(include_self=False):
+    for layer in model.layers:
+        positions = math.prod(layer.output.shape[1:-1])  # those of its parts, too
+        for part in layer._flatten_layers():
+            if hasattr(part, "kernel"):
+                flops += 2 * positions * math.prod(part.kernel.shape)
         if isinstance(layer, keras.layers.MultiHeadAttention):
-            tokens = layer.output.shape[1]
-            flops += 2 * 2 * tokens**2 * layer.num_heads * layer.key_dim
-            kernels = (d.kernel for d in layer._flatten_layers(include_self=False) if d.weights)
-            flops += sum(2 * tokens * math.prod(kernel.shape) for kernel in kernels)
-        elif hasattr(layer, "kernel") and hasattr(layer, "_inbound_nodes"):
-            if layer._inbound_nodes:
-                positions = math.prod(layer.output.shape[1:-1])
-                flops += 2 * positions * math.prod(layer.kernel.shape)
+            flops += 2 * 2 * positions**2 * layer.num_heads * layer.key_dim
     return flops

@@ -63,12 +63,15 @@ class Stopwatch(keras.callbacks.Callback):
     def describe(self, epoch, logs):
         """An epoch in a line: what it reached, how fast it was, how long the rest will take."""
         shown = [f"epoch {epoch + 1}/{self.epochs}", f"loss {logs['loss']:.3f}"]
-        for name in ("accuracy", "val_accuracy"):
-            if name in logs:
-                shown.append(f"{name.replace('_', ' ')} {100 * logs[name]:.1f} %")
+        for name in logs:
+            if not name.startswith("val_") and name not in ("loss", "top-5-accuracy"):
+                form = "{:.1%}" if name == "accuracy" else "{:.4g}"
+                value, validation = form.format(logs[name]), logs.get(f"val_{name}")
+                validation = "" if validation is None else f" (val {form.format(validation)})"
+                shown.append(f"{name} {value}{validation}")
         seconds = self.steady_seconds() or self.epoch_seconds[-1]
         left = (self.epochs - epoch - 1) * (seconds + self.validation_seconds[-1])
-        shown.append(f"{self.images / seconds:,.1f} images/s")
+        shown.append(f"{self.images / seconds:,.0f} images/s")
         return "  ".join([*shown, f"{int(left // 60)}:{int(left % 60):02} left"])
 
     def steady_seconds(self):

@@ -1,0 +1,958 @@
+"""Which Keras backend, here? The same work on each, interleaved and repeated, and an answer.
+
+    python compare.py                                 # the installed backends; synthetic pictures
+    python compare.py --backends jax torch --repeats 5 -- --dataset cifar100 --num-epochs 3
+    python compare.py --entries jax native-jax torch:--trainer=fit "torch:--trainer=fit --seed=7"
+    python compare.py --launcher 'docker run --rm --gpus all -v $PWD:/app vit:ook-{image}'
+    python compare.py results/*.jsonl --report out    # measures nothing: reports on these records
+
+What stands after `--` goes to vit.py as it is. Each run is a process of its own; this one sleeps
+meanwhile. The order is A B, B A, A B ..., so that a machine that warms up or slows down does so
+for all. Repeat i runs every entry with `--seed i` (unless a seed is given): both sides of a pair
+see the same pictures in the same order, and the spread of the accuracy is one over seeds. A run is
+in the results file before the next starts; the same command with --resume does what is missing,
+and again what failed.
+
+The numbers. An entry has its median over repeats and (min–max). The runs of one repeat are a pair:
+against the reference stands the median of the paired ratios (of accuracy: of the paired
+differences, in points), which may differ a little from the ratio of the medians. Its interval:
+
+    below 3 pairs   none
+    3 to 7 pairs    min–max of the pairs, which holds the true median with probability 1 - 2^(1-n)
+                    whatever the distribution: 75 % for 3, 88 % for 4, 94 % for 5, 97 % for 6
+                    (David and Nagaraja, Order Statistics, 3rd edition, section 7.1)
+    from 8 pairs    percentile bootstrap, 95 %, 10,000 resamples, seeded (Efron and Tibshirani, An
+                    Introduction to the Bootstrap, chapter 13). For the median of a few it is too
+                    narrow: of 1,500 simulated normal samples it held the truth in 87 % for n = 7,
+                    in 92 to 94 % for n = 8 to 12
+
+"No difference shown" says that the interval holds 1 (accuracy: 0), not that there is none.
+Exit status: 0 every run ok, 1 some run failed, 2 bad input, 130 interrupted.
+"""
+
+import base64
+import collections
+import csv
+import datetime
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Column, Table
+
+from harness.record import KEYS, RecordError, append_record, create_record, read_records, reason_for
+
+ROOT = Path(__file__).resolve().parent
+SUBJECTS = {  # name: (module and pip extra, {image} of the launcher, program; None is --script)
+    "jax": ("jax", "jax", None),
+    "torch": ("torch", "pytorch", None),
+    "tensorflow": ("tensorflow", "tensorflow", None),
+    "native-jax": ("jax", "jax", "peers/native_jax.py"),
+    "native-torch": ("torch", "pytorch", "peers/native_torch.py"),
+}
+DEFAULT_WORK = shlex.split(  # 20 to 30 s a run on 2 CPU cores
+    "--dataset synthetic --num-classes 10 --train-images 1000 --test-images 500 --num-epochs 4"
+    " --batch-size 64 --image-size 32 --patch-size 4 --transformer-layers 4 --mlp-head-units 256"
+)
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito
+MARKERS = "osD^vPX"
+
+
+class BadInput(Exception):
+    """One line for the user: what was expected, what came, what to do. Exit status 2."""
+
+
+@dataclass
+class CompareConfig:
+    """The same work on each backend, interleaved and repeated. Flags for vit.py come after --"""
+
+    records: tyro.conf.Positional[tuple[Path, ...]] = ()  # report on these files, measure nothing
+    backends: tuple[str, ...] = ()  # jax, torch, tensorflow (default: the installed ones)
+    entries: tuple[str, ...] = ()  # backends, native-jax, native-torch; flags after a colon
+    repeats: int = 3  # runs of each entry; an interval needs 3
+    reference: str = ""  # entry that the others are compared with (default: the first)
+    cool_down: float = 0.0  # seconds to wait between runs
+    results_path: Path | None = None  # file of the runs (default: results/compare-ID.jsonl)
+    resume: bool = False  # go on with the newest comparison that this command began
+    dry_run: bool = False  # print the commands in their order
+    launcher: str = ""  # stands before each command; {image} is jax, pytorch or tensorflow
+    script: str = "vit.py"  # what backends run, e.g. another checkout's vit.py
+    target_accuracy: float | None = None  # report the time to this validation accuracy, 0 to 1
+    report: Path | None = None  # folder for report.html, .md, .csv, .svg and .png
+    verbose: bool = False  # show the output of the runs
+
+
+# ---- What to run ---------------------------------------------------------------------------------
+
+
+def list_flags(words):
+    """Names of the flags: `--use_wandb=True`, `--no-use-wandb` -> {"use-wandb"}"""
+    names = [word[2:].split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    return {name.removeprefix("no-") for name in names}
+
+
+def parse_entry(text, config):
+    """`torch:--trainer=fit` -> {label, name, flags}; raises BadInput"""
+    name, _, rest = text.partition(":")
+    if name not in SUBJECTS:
+        raise BadInput(f"unknown entry {text!r}: expected one of {', '.join(SUBJECTS)}")
+    try:
+        flags = shlex.split(rest)
+    except ValueError as error:
+        raise BadInput(f"entry {text!r}: {error}; quote the flags as in a shell") from error
+    if rest and not rest.startswith("--"):
+        raise BadInput(f"entry {text!r}: expected flags after the colon, as in {name}:--flag=value")
+    if fixed := list_flags(flags) & {"dataset", "results-path", "keras-backend"}:
+        raise BadInput(f"entry {text!r}: --{min(fixed)} is the same for all entries; leave it out")
+    module, _, program = SUBJECTS[name]
+    if not config.launcher and not importlib.util.find_spec(module):
+        raise BadInput(f"entry {text!r}: {module} is not installed; pip install '.[{module}]'")
+    if not config.launcher and not find_program(program or config.script).exists():
+        raise BadInput(f"entry {text!r}: there is no {program or config.script}; see --script")
+    return {"label": f"{name}:{shlex.join(flags)}" if flags else name, "name": name, "flags": flags}
+
+
+def find_program(name):
+    return Path(name) if Path(name).exists() else ROOT / name
+
+
+def choose_entries(config):
+    """The entries of --backends and --entries, else the installed backends; raises BadInput"""
+    backends = [name for name, (_, _, program) in SUBJECTS.items() if program is None]
+    if unknown := [name for name in config.backends if name not in backends]:
+        raise BadInput(f"unknown backend {unknown[0]!r}: expected one of {', '.join(backends)}")
+    texts = [*config.backends, *config.entries]
+    if not texts:  # what a launcher's images hold cannot be seen from here
+        installed = [name for name in backends if importlib.util.find_spec(name)]
+        texts = ["jax", "torch"] if config.launcher else installed
+    if not texts:
+        raise BadInput("expected an installed backend, found none; pip install '.[jax]'")
+    entries = [parse_entry(text, config) for text in texts]
+    labels = [entry["label"] for entry in entries]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise BadInput(f"entry {twice[0]!r} is there twice; --repeats gives more runs of each")
+    check_reference(config.reference, labels)
+    return entries
+
+
+def check_reference(reference, labels):
+    if reference and reference not in labels:
+        raise BadInput(f"unknown reference {reference!r}: expected one of {', '.join(labels)}")
+
+
+def create_plan(entries, config, work, path, comparison):
+    """The runs in the order A B, B A, A B ...: [{label, name, repeat, id, command}, ...]"""
+    plan = []
+    for repeat in range(1, config.repeats + 1):
+        for entry in entries if repeat % 2 else entries[::-1]:
+            record_id = f"{comparison}-r{repeat}-{urllib.parse.quote(entry['label'], ':=,+')}"
+            _, image, program = SUBJECTS[entry["name"]]
+            start = [sys.executable, str(find_program(program or config.script))]
+            if config.launcher:  # a container has its own environment: `env` hands the id over
+                start = [os.path.expandvars(word) for word in shlex.split(config.launcher)]
+                start = [word.replace("{image}", image) for word in start]
+                start += ["env", f"VIT_RECORD_ID={record_id}", "python", program or config.script]
+            given = list_flags([*work, *entry["flags"]])
+            flags = [] if program else ["--keras-backend", entry["name"]]
+            flags += [] if "use-wandb" in given else ["--no-use-wandb"]
+            flags += [] if "seed" in given else ["--seed", str(repeat)]
+            command = [*start, "--results-path", str(path), *flags, *work, *entry["flags"]]
+            plan.append({**entry, "repeat": repeat, "id": record_id, "command": command})
+    return plan
+
+
+def parse_id(record_id):
+    """`1a2b3c4d-20260131T120000-r2-jax` -> (comparison, 2, "jax"); any other id -> None"""
+    match = re.fullmatch(r"([0-9a-f]{8}-\d{8}T\d{6})-r(\d+)-(.+)", record_id)
+    return match and (match[1], int(match[2]), urllib.parse.unquote(match[3]))
+
+
+def choose_comparison(entries, config, work):
+    """(id, file) of the comparison. The id: a hash of machine and command, and when it began"""
+    parts = [entry["label"] for entry in entries], work, config.launcher, config.script
+    parts = [platform.node(), *parts]  # --resume takes up no other machine's comparison
+    prefix = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+    comparison = f"{prefix}-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
+    path = config.results_path or Path("results", f"compare-{comparison}.jsonl")
+    if config.resume:
+        if not config.results_path:
+            path = max(Path("results").glob(f"compare-{prefix}-*.jsonl"), default=path)
+        begun = {parsed[0] for item in load(path, new=True)[0] if (parsed := parse_id(item["id"]))}
+        comparison = max((name for name in begun if name.startswith(prefix)), default=comparison)
+    return comparison, path
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+
+def load(path, new=False):
+    """(records, warnings) of a file; raises BadInput. `new`: it need not be there yet"""
+    if new and not (path.exists() and path.stat().st_size):
+        return [], []
+    try:
+        found, problems = read_records(path)
+    except RecordError as error:
+        raise BadInput(str(error)) from error
+    if newer := [problem for problem in problems if "is newer than" in problem]:
+        raise BadInput(newer[0].removesuffix(": skipped"))
+    return found, problems
+
+
+def stop_child(child):
+    """Ctrl-C for the child and what it started; ten seconds to write its record, then the end"""
+    for number, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
+        try:
+            os.killpg(child.pid, number)
+            return child.wait(seconds)
+        except ProcessLookupError:  # it has ended by itself
+            return child.wait()
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            continue
+
+
+def run_child(command, record_id, verbose):
+    """Asleep until the command ends: (exit status, last error on stderr, whether interrupted)"""
+    try:
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, "VIT_RECORD_ID": record_id},
+            stdin=subprocess.DEVNULL,
+            stdout=None if verbose else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that the terminal's Ctrl-C comes once, from stop_child
+        )
+    except OSError as error:
+        raise BadInput(f"cannot start {command[0]!r}: {error.strerror}; see --launcher") from error
+    lines = collections.deque(maxlen=20)
+
+    def drain():
+        with child.stderr:
+            for line in child.stderr:
+                lines.append(line.strip("╭╮╰╯─│ \n"))  # the frame around tyro's messages
+                if verbose:
+                    sys.stderr.write(line)
+
+    interrupted = False
+    reader = threading.Thread(target=drain, daemon=True)
+    try:
+        reader.start()
+        child.wait()
+    except KeyboardInterrupt:
+        interrupted = True
+        stop_child(child)
+    reader.join(2)  # not for ever: a grandchild may keep the pipe open
+    spoken = [line for line in lines if line]
+    errors = [line for line in spoken if re.search("error|unrecognized", line, re.I)]
+    return child.returncode, (errors or spoken or [""])[-1], interrupted
+
+
+def measure_run(run, path, verbose):
+    """(record, whether interrupted) of one run; writes the record where the child did not"""
+    before = {json.dumps(item) for item in load(path, new=True)[0]}
+    started = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    returncode, last_line, interrupted = run_child(run["command"], run["id"], verbose)
+    found = [item for item in load(path, new=True)[0] if json.dumps(item) not in before]
+    for item in reversed(found):
+        if item["id"] == run["id"]:
+            return item, interrupted
+    status, error = "error", last_line or "it left neither record nor message; see --verbose"
+    if interrupted:
+        status, error = "interrupted", "stopped before it wrote a record"
+    elif returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        status, error = "oom", "killed (SIGKILL), most likely because memory ran out"
+    elif found:
+        error = f"its record has the id {found[-1]['id']} instead of VIT_RECORD_ID's"
+    record = create_record("train", id=run["id"], status=status, error=error, started=started)
+    record |= {"argv": run["command"], "backend": run["name"]}
+    record["notes"].append("precision: the run left no record")
+    append_record(path, record)
+    return record, interrupted
+
+
+def measure(plan, path, config, console):
+    """Runs what is not done yet, one line a run; returns whether it came to the end"""
+    done = {item["id"] for item in load(path, new=True)[0] if item["status"] == "ok"}
+    todo = [run for run in plan if run["id"] not in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"{len(todo)} runs of {len(plan)} to do, into {path}")
+    durations = collections.defaultdict(list)
+    for index, run in enumerate(todo):
+        try:
+            time.sleep(config.cool_down if index else 0)
+            start = time.perf_counter()
+            record, interrupted = measure_run(run, path, config.verbose)
+        except KeyboardInterrupt:
+            interrupted = True
+        if interrupted:
+            console.print(f"interrupted after {index} runs; the same command with --resume goes on")
+            return False
+        durations[run["label"]].append(time.perf_counter() - start)
+        mean = np.mean([seconds for several in durations.values() for seconds in several])
+        left = sum(np.mean(durations.get(later["label"], mean)) for later in todo[index + 1 :])
+        left += config.cool_down * (len(todo) - index - 1)
+        speed = show(dig(record, "timing.train_images_per_second"))
+        outcome = f"{speed} images/s" if record["status"] == "ok" else record["status"]
+        outcome += f" ({record['error']})" if record["error"] else ""
+        seconds = f"{durations[run['label']][-1]:.0f} s, {left:.0f} s left"
+        console.print(f"{run['label']} {run['repeat']}/{config.repeats}: {outcome}, {seconds}")
+    return True
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+def compare_pairs(values, reference, how):
+    """Paired values against the reference's, arrays (pairs,): by "ratio" or "difference".
+
+    Returns {estimate, pairs, low, high, coverage, different, reason}. Without an interval there are
+    nulls and a reason; `different` says whether the interval leaves out 1 (0 for differences).
+    """
+    paired = np.divide(values, reference) if how == "ratio" else np.subtract(values, reference)
+    pairs, low, high, coverage = len(paired), None, None, None
+    if pairs >= 8:
+        rng = np.random.default_rng(0)
+        resampled = paired[rng.integers(0, pairs, (10_000, pairs))]  # (resamples, pairs)
+        low, high = map(float, np.percentile(np.median(resampled, axis=1), [2.5, 97.5]))
+        coverage = 0.95
+    elif pairs >= 3:
+        low, high, coverage = float(paired.min()), float(paired.max()), 1 - 2.0 ** (1 - pairs)
+    different = None if low is None else not low <= (how == "ratio") <= high
+    reason = "too few repeats for an interval" if low is None else None
+    result = {"estimate": float(np.median(paired)), "pairs": pairs, "low": low, "high": high}
+    return {**result, "coverage": coverage, "different": different, "reason": reason}
+
+
+def find_break_even(start, epoch, other_start, other_epoch):
+    """Epochs after which start + epochs × epoch is the same for both; None if one always leads"""
+    if (start - other_start) * (epoch - other_epoch) >= 0:
+        return None
+    return (start - other_start) / (other_epoch - epoch)
+
+
+# ---- What a record says: (value, None), or (None, why not) ---------------------------------------
+
+
+def dig(record, dotted):
+    """The value at "timing.compile_seconds", None where any part of the way is missing"""
+    for key in dotted.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def get_field(record, dotted, scale=1):
+    value = dig(record, dotted)
+    if value is None:
+        return None, f"{dotted}: {reason_for(record, dotted) or 'the record gives no reason'}"
+    return value * scale, None
+
+
+def get_epoch(record):
+    """Median seconds of the epochs after the first, which holds the compilation"""
+    epochs = dig(record, "timing.epoch_seconds") or []
+    if len(epochs) < 2:
+        return None, "an epoch: the first one holds the compilation, and there is no second"
+    return float(np.median(epochs[1:])), None
+
+
+def get_compile(record, cache):
+    if (dig(record, "timing.compile_cache") == "warm") != (cache == "warm"):
+        return None, f"compiling: no run found a {cache} compilation cache"
+    return get_field(record, "timing.compile_seconds")
+
+
+def get_start(record, names=("import", "build", "compile")):
+    """Seconds before the steady state"""
+    parts = [get_field(record, f"timing.{name}_seconds") for name in names]
+    missing = [reason for value, reason in parts if value is None]
+    return (None, missing[0]) if missing else (sum(value for value, _ in parts), None)
+
+
+def get_target(record, target):
+    """Seconds of import, build and training until the validation accuracy reaches the target.
+
+    The compilation is in the first epoch's seconds; evaluation is not in any.
+    """
+    start, reason = get_start(record, ("import", "build"))
+    curve, epochs = (
+        dig(record, key) or [] for key in ("quality.val_accuracy", "timing.epoch_seconds")
+    )
+    reached = [index for index, value in enumerate(curve) if value is not None and value >= target]
+    if reached and start is not None:
+        return start + sum(epochs[: reached[0] + 1]), None
+    return None, reason or f"validation accuracy did not reach {target:.1%}"
+
+
+METRICS = {  # key: (title with unit, how entries are compared, field or function, scale)
+    "images_per_second": ("training, images/s", "ratio", "timing.train_images_per_second", 1),
+    "epoch_seconds": ("an epoch, s", "ratio", get_epoch, None),
+    "start_seconds": ("import, build, compile, s", "ratio", get_start, None),
+    "compile_cold_seconds": ("compiling, cold, s", "ratio", get_compile, "cold"),
+    "compile_warm_seconds": ("compiling, warm, s", "ratio", get_compile, "warm"),
+    "target_seconds": ("to {:.1%} validation, s", "ratio", get_target, "target"),
+    "device_peak_mib": ("peak device memory, MiB", "ratio", "memory.device_peak_bytes", 2**-20),
+    "host_peak_mib": ("peak host memory, MiB", "ratio", "memory.host_peak_bytes", 2**-20),
+    "joules_per_image": ("energy, J/image", "ratio", "energy.joules_per_image", 1),
+    "test_accuracy_percent": ("test accuracy, %", "difference", "quality.test_accuracy", 100),
+    "test_top5_percent": ("test top-5, %", "difference", "quality.test_top5_accuracy", 100),
+}
+
+
+def get_metric(record, key, target=None):
+    """(value, None) or (None, why there is none)"""
+    _, _, getter, extra = METRICS[key]
+    if isinstance(getter, str):
+        return get_field(record, getter, extra)
+    extra = target if extra == "target" else extra
+    return getter(record) if extra is None else getter(record, extra)
+
+
+# ---- From records to entries ---------------------------------------------------------------------
+
+NOT_WORK = re.compile(r"(^|_)(seed|wandb|path|dir|node|backend|run|project|entity|verbose)(_|$)")
+
+
+def group_records(found):
+    """Entries as they appear: [{label, flags, node, runs: {(comparison, repeat): record}}, ...]
+
+    A run of compare.py says in its id what it is; any other goes by its backend. Where a label
+    stands for several configurations or nodes, it gets what differs. Raises BadInput.
+    """
+    latest = {}  # a run that was tried again counts as it ended, where it began
+    for item in found:
+        latest[item["id"]] = item | {"started": latest.get(item["id"], item)["started"]}
+    found = [item for item in latest.values() if item["kind"] == "train"]
+    if not found:
+        raise BadInput("expected records of kind train, got none; vit.py writes some")
+    datasets = sorted({str(dig(r, "config.dataset")) for r in found if dig(r, "config.dataset")})
+    if len(datasets) > 1:
+        names = " and ".join(datasets)
+        raise BadInput(f"expected one dataset, got {names}; report on one at a time")
+    rows, known = [], {}  # a run that died early has its siblings' configuration and node
+    for item in sorted(found, key=lambda item: item["started"]):
+        name = parse_id(item["id"]) or ("", 0, item["backend"] or "unknown")
+        config = {k: v for k, v in item["config"].items() if not NOT_WORK.search(k)}
+        work = tuple(sorted((key, json.dumps(value)) for key, value in config.items()))
+        node = dig(item, "device.node_name") or dig(item, "config.node_name")
+        rows.append((item, name, work, node))
+        for key, value in (((name[0], name[2]), work), (name[0], node)):
+            known[key] = known.get(key) or value
+    groups = {}
+    for item, (comparison, repeat, label), work, node in rows:
+        work, node = work or known[comparison, label], node or known[comparison] or ""
+        runs = groups.setdefault((label, node, work), {})
+        runs[comparison, repeat or len(runs) + 1] = item
+    entries = []
+    for (label, node, work), runs in groups.items():
+        others = [dict(other) for name, _, other in groups if name == label]
+        added = [(k, v.strip('"')) for k, v in work if any(other.get(k) != v for other in others)]
+        flags = shlex.split(label.partition(":")[2])
+        flags += [f"--{k.replace('_', '-')}={v}" for k, v in added if k not in list_flags(flags)]
+        full = ":".join([label.partition(":")[0], shlex.join(flags)][: 2 if flags else 1])
+        full += f" @ {node}" if len({node for _, node, _ in groups}) > 1 else ""
+        ok = {pair: item for pair, item in runs.items() if item["status"] == "ok"}
+        entries.append({"label": full, "flags": flags, "node": node, "runs": runs, "ok": ok})
+    return entries
+
+
+def match_pairs(entry, reference):
+    """([(record, reference's record), ...], whether interleaved): by repeat, else by time"""
+    shared = [pair for pair in entry["ok"] if pair in reference["ok"] and pair[0]]
+    if shared:
+        return [(entry["ok"][pair], reference["ok"][pair]) for pair in shared], True
+    return list(zip(entry["ok"].values(), reference["ok"].values(), strict=False)), False
+
+
+# ---- Fairness ------------------------------------------------------------------------------------
+
+SAME = "precision config.batch_size config.num_epochs model.parameters model.flops_per_image "
+SAME += "config.seed quality.data_fingerprint versions.keras git.commit timing.compile_cache "
+SAME += "device.kind device.name device.power_mode"
+OPTIONAL = {"versions.keras", "git.commit", "timing.compile_cache", "device.power_mode"}
+DERIVED = {"model.parameters", "model.flops_per_image", "quality.data_fingerprint"}
+HARMLESS = {"precision", "trainer", "jit-compile"}  # flags that leave the derived fields alone
+
+
+def check_fairness(entries, reference):
+    """(warnings, what differs by an entry's own flags, names of the fields that are unequal)"""
+    warnings, deliberate, unequal = [], [], []
+    fields = SAME.split()
+    if len({entry["node"] for entry in entries}) > 1:
+        warnings.append("different machines: the ratios compare machines as well")
+        fields = [dotted for dotted in fields if not dotted.startswith("device.")]
+    entries = [entry for entry in entries if entry["ok"]]
+    config = {key for entry in entries for item in entry["ok"].values() for key in item["config"]}
+    config = {f"config.{key}" for key in config if key != "precision" and not NOT_WORK.search(key)}
+    optional = OPTIONAL | config - set(fields)
+    common = set.intersection(*(set(entry["ok"]) for entry in entries)) if entries else ()
+    for dotted in [*fields, *sorted(config - set(fields))]:
+        holders = collections.defaultdict(list)  # value -> entries
+        for entry in entries:
+            if dotted in ("config.seed", "quality.data_fingerprint") and common:
+                values = [dig(entry["ok"][pair], dotted) for pair in sorted(common)]
+                values = {None if None in values else ", ".join(map(str, values))}
+            else:
+                values = [dig(item, dotted) for item in entry["ok"].values()]
+                values = {tuple(v) if isinstance(v, list) else v for v in values}
+            for value in values:
+                holders[value].append(entry)
+        unknown = holders.pop(None, [])
+        if unknown and dotted not in optional:
+            names = ", ".join(entry["label"] for entry in unknown)
+            warnings.append(f"{dotted} is not checked: unknown for {names}")
+        if len(holders) < 2:
+            continue
+        values = {value: ", ".join(e["label"] for e in held) for value, held in holders.items()}
+        text = "; ".join(f"{value} ({names})" for value, names in values.items())
+        field = dotted.split(".")[-1]
+        plain = []  # the values of entries without a flag that could have set the field
+        for value, held in holders.items():
+            flags = [list_flags(entry["flags"]) for entry in held]
+            derived = dotted in DERIVED
+            set_by = [f - HARMLESS if derived else f & {field.replace("_", "-")} for f in flags]
+            plain += [] if all(set_by) else [value]
+        if len(plain) > 1:
+            warnings.append(f"{dotted} differs: {text}")
+            unequal += [] if field == "compile_cache" else [field]  # it touches the start alone
+        else:
+            deliberate.append(f"{dotted} differs by an entry's own flags: {text}")
+    for entry in entries:
+        pairs, interleaved = match_pairs(entry, reference)
+        if pairs and not interleaved and entry is not reference:
+            warnings.append(f"{entry['label']} did not run interleaved with {reference['label']}")
+    return warnings, deliberate, unequal
+
+
+def collect_notes(entries):
+    """The warnings in the records' notes (not the reasons of nulls), once each with a count"""
+    items = [item for entry in entries for item in entry["runs"].values()]
+    counts = collections.Counter()
+    for item in items:
+        fields = {note: note.partition(":")[0] for note in item["notes"]}
+        for note, field in fields.items():
+            if ":" not in note or field.split(".")[0] not in KEYS:
+                counts[note] += 1
+    return [f"{note} ({count} of {len(items)} runs)" for note, count in counts.items()]
+
+
+# ---- The report ----------------------------------------------------------------------------------
+
+
+def compare_entries(entry, reference, key, target=None):
+    """compare_pairs over the pairs of runs that both have the value, None if there are none"""
+    pairs = match_pairs(entry, reference)[0]
+    if key == "joules_per_image":  # a board's counter and a SoC's rails measure different things
+        pairs = [p for p in pairs if len({dig(item, "energy.source") for item in p}) == 1]
+    values = [[get_metric(item, key, target)[0] for item in pair] for pair in pairs]
+    values = np.array([pair for pair in values if None not in pair], float).reshape(-1, 2)
+    how = METRICS[key][1]
+    if not len(values) or (how == "ratio" and (values[:, 1] <= 0).any()):
+        return None
+    result = compare_pairs(values[:, 0], values[:, 1], how)
+    if how == "difference" and len({dig(item, "config.seed") for item, _ in pairs}) < 3:
+        unknown = dict.fromkeys(("low", "high", "coverage", "different"))
+        result |= {**unknown, "reason": "too few seeds for an interval"}
+    return result
+
+
+def create_cell(entry, reference, key, target, footnotes):
+    """One number of the report: {values, median, low, high, versus, reason, lines}"""
+    got = [get_metric(item, key, target) for item in entry["ok"].values()]
+    values = [value for value, _ in got if value is not None]
+    cell = {"values": values, "versus": None, "reason": None}
+    if not values:
+        cell["reason"] = got[0][1] if got else "no run succeeded"
+        footnotes.setdefault(cell["reason"], len(footnotes) + 1)
+        lines = [f"not measured ({footnotes[cell['reason']]})"]
+        return {**cell, "median": None, "low": None, "high": None, "lines": lines}
+    cell |= {"median": float(np.median(values)), "low": min(values), "high": max(values)}
+    spread = f" ({show(min(values))}–{show(max(values))})" if len(values) > 1 else ""
+    cell["lines"] = [show(cell["median"]) + spread]
+    if entry is not reference and (versus := compare_entries(entry, reference, key, target)):
+        cell["versus"] = versus
+        cell["lines"].append(show_versus(versus, METRICS[key][1]))
+    return cell
+
+
+def create_report(found, config, warnings=()):
+    """All that the table, the files and the plots show, from records alone; raises BadInput"""
+    entries = group_records(found)
+    labels = [entry["label"] for entry in entries]
+    check_reference(config.reference, labels)
+    reference = entries[labels.index(config.reference) if config.reference else 0]
+    lines = [[f"{len(entry['ok'])} of {len(entry['runs'])}"] for entry in entries]
+    rows = [{"key": "", "title": "runs ok", "cells": [{"lines": line} for line in lines]}]
+    footnotes, cells = {}, {}
+    for key, (title, how, _, _) in METRICS.items():
+        if key == "target_seconds" and config.target_accuracy is None:
+            continue
+        noted = dict(footnotes)
+        made = [create_cell(e, reference, key, config.target_accuracy, noted) for e in entries]
+        if key.startswith("compile") and not any(cell["values"] for cell in made):
+            continue
+        footnotes, cells[key] = noted, made
+        title = title.format(config.target_accuracy or 0)
+        rows.append({"key": key, "title": title, "how": how, "cells": made})
+    report = {"entries": entries, "labels": labels, "reference": reference, "cells": cells}
+    report["break_even"] = describe_break_even(report)
+    lines = [{"lines": [text]} for _, text in report["break_even"]]
+    rows.insert(4, {"key": "", "title": "break-even with the reference", "cells": lines})
+    fairness, deliberate, unequal = check_fairness(entries, reference)
+    report |= {"rows": rows, "deliberate": deliberate, "unequal": unequal}
+    report["footnotes"] = list(footnotes)
+    report["warnings"] = [*warnings, *fairness, *collect_notes(entries)]
+    failed = [(e, pair, r) for e in entries for pair, r in e["runs"].items() if pair not in e["ok"]]
+    report["failed"] = [f"{e['label']} {p[1]}: {r['status']}: {r['error']}" for e, p, r in failed]
+    report["conditions"] = []
+    items = [item for entry in entries for item in entry["ok"].values()]
+    versions = sorted({f"versions.{key}" for item in items for key in item["versions"]})
+    for dotted in dict.fromkeys(["config.dataset", *SAME.split(), *versions]):
+        values = {str(dig(item, dotted)) for item in items} - {"None"}
+        report["conditions"] += [f"{dotted}: {', '.join(sorted(values))}"] if values else []
+    versus = [cell["versus"] for row in cells.values() for cell in row if cell["versus"]]
+    shares = {f"{item['coverage']:.0%}" for item in versus if item["coverage"]}
+    legend = "Median and (min–max) over repeats; below it, against {}, the median over pairs{}.{}"
+    report["legend"] = legend.format(
+        reference["label"],
+        f" and an interval that covers the truth in {' or '.join(sorted(shares))}"
+        if shares
+        else "",
+        " No interval: fewer than 3 pairs (accuracy: or seeds)."
+        if any(v["reason"] for v in versus)
+        else "",
+    )
+    report["sentence"] = write_sentence(report)
+    return report
+
+
+def describe_break_even(report):
+    """[(epochs or None, text), ...]: when an entry and the reference have cost the same"""
+    cells, answers = report["cells"], []
+    other = report["entries"].index(report["reference"])
+    for index in range(len(report["entries"])):
+        places = [(key, i) for i in (index, other) for key in ("start_seconds", "epoch_seconds")]
+        medians = [cells[key][i]["median"] for key, i in places]
+        if index == other or None in medians:
+            answers.append((None, "the reference" if index == other else "not known"))
+            continue
+        versus = cells["epoch_seconds"][index]["versus"]
+        if versus and versus["different"] is False:
+            answers.append((None, "not known: no difference in an epoch shown"))
+            continue
+        epochs = find_break_even(*medians)
+        lead = medians[2] + medians[3] - medians[0] - medians[1]
+        if epochs is None:
+            word = "ahead" if lead > 0 else "behind" if lead < 0 else "level"
+            answers.append((None, f"{word} throughout"))
+        else:
+            word = "after" if medians[1] < medians[3] else "until"
+            answers.append((epochs, f"ahead {word} {show(epochs)} epochs"))
+    return answers
+
+
+def write_sentence(report):
+    """The fastest entry against the reference; if it is the reference, against the next"""
+    entries, cells = report["entries"], report["cells"]["images_per_second"]
+    ranked = [index for index, cell in enumerate(cells) if cell["values"]]
+    ranked.sort(key=lambda index: -cells[index]["median"])
+    if len(ranked) < 2:
+        return f"nothing to compare: {len(ranked)} of {len(cells)} entries have a measured speed"
+    other = entries.index(report["reference"])
+    fast, slow = (entries[i] for i in (ranked[0], other if other in ranked[1:] else ranked[1]))
+    speed = compare_entries(fast, slow, "images_per_second")
+    names = f"{fast['label']} and {slow['label']}"
+    if not speed:
+        return f"nothing to compare: no repeat of {names} has succeeded for both"
+    repeats = "interleaved " if match_pairs(fast, slow)[1] else ""
+    repeats = f"{speed['pairs']} {repeats}repeat{'s' if speed['pairs'] > 1 else ''}"
+    interval = show_interval(speed, "ratio") or speed["reason"]
+    if speed["different"] is False:
+        text = f"no difference in training speed shown between {names} ({interval}, {repeats})"
+    else:
+        text = f"{fast['label']} trained {show_ratio(speed['estimate'])} times as fast as "
+        text += f"{slow['label']} ({interval}, {repeats})"
+    for key, name in (("device_peak_mib", "device"), ("host_peak_mib", "host")):
+        if memory := compare_entries(fast, slow, key):
+            text += f", with {show_ratio(memory['estimate'])} times the {name} memory"
+            text += " (no difference shown)" if memory["different"] is False else ""
+            break
+    if accuracy := compare_entries(fast, slow, "test_accuracy_percent"):
+        points = f"{accuracy['estimate']:+.1f} points ({show_interval(accuracy, 'difference')})"
+        verdict = points if accuracy["different"] else accuracy["reason"] or "no difference shown"
+        text += f"; accuracy: {fast['label']} " if accuracy["different"] else "; accuracy: "
+        text += verdict
+    unequal = ", ".join(report["unequal"])
+    return f"{text}; but unequal: {unequal}" if unequal else text
+
+
+# ---- Showing it ----------------------------------------------------------------------------------
+
+
+def show(value, scale=1):
+    """Three digits or so: 1,234  123  12.3  1.23  0.0123; a dash for None"""
+    if value is None or isinstance(value, int):
+        return "–" if value is None else str(value * scale)
+    value *= scale
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}" if abs(value) >= 1 else f"{value:#.3g}"
+
+
+def show_ratio(value):
+    return f"{value:.3f}" if value < 0.1 or 0.95 < value < 1.05 else f"{value:.2f}"
+
+
+def show_interval(versus, how):
+    if versus["low"] is None:
+        return ""
+    if how == "ratio":
+        return f"{show_ratio(versus['low'])}–{show_ratio(versus['high'])}"
+    return f"{versus['low']:+.1f} to {versus['high']:+.1f}"
+
+
+def show_versus(versus, how):
+    estimate = versus["estimate"]
+    text = f"{show_ratio(estimate)} times" if how == "ratio" else f"{estimate:+.1f} points"
+    text += f" ({show_interval(versus, how)})" if versus["low"] is not None else ""
+    verdict = "no difference shown" if versus["different"] is False else "no interval"
+    return text if versus["different"] else f"{text}, {verdict}"
+
+
+def print_report(report, console):
+    """Warnings, metrics as rows with up to three entries as columns, last the sentence"""
+    for line in report["warnings"]:
+        console.print(f"warning: {line}")
+    for line in report["deliberate"]:
+        console.print(f"on purpose: {line}")
+    for indices in np.array_split(range(len(report["labels"])), -(-len(report["labels"]) // 3)):
+        columns = [Column(report["labels"][index], overflow="fold") for index in indices]
+        table = Table("", *columns, show_lines=True)
+        for row in report["rows"]:
+            cells = ["\n".join(row["cells"][index]["lines"]) for index in indices]
+            table.add_row(row["title"], *cells)
+        console.print(table)
+    console.print(report["legend"])
+    for number, reason in enumerate(report["footnotes"], 1):
+        console.print(f"({number}) {reason}")
+    for line in report["failed"]:
+        console.print(f"failed: {line}")
+    console.print(report["sentence"])
+
+
+def write_csv(report, path):
+    """A line for each entry and metric: numbers in full, empty where there is none"""
+    names = "estimate low high coverage pairs".split()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        header = "entry metric unit runs median min max how against".split()
+        writer.writerow([*header, *(f"against_{name}" for name in names), "reason"])
+        for row in report["rows"]:
+            for label, cell in zip(report["labels"], row["cells"], strict=True):
+                if row["key"]:
+                    versus = cell["versus"] or {}
+                    unit = row["title"].rpartition(", ")[2]
+                    values = [len(cell["values"]), cell["median"], cell["low"], cell["high"]]
+                    against = [row["how"], report["reference"]["label"]] if versus else ["", ""]
+                    reason = cell["reason"] or versus.get("reason")
+                    compared = [*against, *(versus.get(name) for name in names), reason]
+                    writer.writerow([label, row["key"], unit, *values, *compared])
+
+
+# ---- Plots ---------------------------------------------------------------------------------------
+
+
+def look(index):
+    return {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+
+
+def name_rows(axes, report):
+    labels = [label.replace(":--", ": --").replace(" --", "\n--") for label in report["labels"]]
+    labels = ["\n".join(textwrap.fill(x, 22) for x in label.split("\n")) for label in labels]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+
+
+def plot_speed(axes, report):
+    for index, cell in enumerate(report["cells"]["images_per_second"]):
+        if cell["values"]:
+            colour = look(index)["color"]
+            axes.plot([cell["low"], cell["high"]], [index, index], color=colour, linewidth=2)
+            axes.plot([cell["median"]] * 2, [index - 0.3, index + 0.3], color=colour, linewidth=3)
+            heights = index + np.linspace(-0.2, 0.2, len(cell["values"]) + 2)[1:-1]
+            axes.scatter(cell["values"], heights, 60, zorder=3, edgecolor="white", **look(index))
+    name_rows(axes, report)
+    axes.set(xlabel="training, images/s")
+
+
+def plot_memory(axes, report):
+    for key, shift in (("device_peak_mib", -0.2), ("host_peak_mib", 0.2)):
+        for index, cell in enumerate(report["cells"][key]):
+            if cell["values"]:
+                colour, place = look(index)["color"], index + shift
+                bar = {"facecolor": "white", "hatch": "//"} if shift > 0 else {"facecolor": colour}
+                axes.barh(place, cell["median"], height=0.36, edgecolor=colour, **bar)
+                text = f" {show(cell['median'])} {key.partition('_')[0]}"
+                axes.annotate(text, (cell["median"], place), va="center")
+    name_rows(axes, report)
+    axes.margins(x=0.5)
+    axes.set(xlabel="peak memory, MiB (host: hatched)")
+
+
+def plot_curves(axes, report, over):
+    runs = [list(entry["ok"].values()) for entry in report["entries"]]
+    validated = any(dig(item, "quality.val_accuracy") for items in runs for item in items)
+    name = "validation" if validated else "training"
+    for index, (label, items) in enumerate(zip(report["labels"], runs)):
+        for item in items:
+            curve = dig(item, "quality.val_accuracy" if validated else "quality.accuracy") or []
+            curve = np.array(curve, float) * 100  # null becomes nan
+            seconds = np.cumsum(dig(item, "timing.epoch_seconds") or [])
+            seconds += get_start(item, ("import", "build"))[0] or 0
+            x = seconds if over == "s" else np.arange(1, len(curve) + 1)
+            shown = min(len(x), len(curve))
+            axes.plot(x[:shown], curve[:shown], label=label, alpha=0.7, **look(index))
+            label = None  # one name for all repeats
+    label = "epochs" if over == "epochs" else "import, build and training, s"
+    axes.set(xlabel=label, ylabel=f"{name} accuracy, %")
+
+
+def plot_cost(axes, report):
+    cells, met = report["cells"], [epochs for epochs, _ in report["break_even"] if epochs]
+    items = [item for entry in report["entries"] for item in entry["ok"].values()]
+    ran = max([len(dig(item, "timing.epoch_seconds") or []) for item in items], default=1)
+    end = max([ran, *(1.4 * epochs for epochs in met if epochs < 20 * ran)])
+    for index, label in enumerate(report["labels"]):
+        start, epoch = (cells[key][index]["median"] for key in ("start_seconds", "epoch_seconds"))
+        if None in (start, epoch):
+            continue
+        epochs = report["break_even"][index][0]
+        name = f"{label}: {show(start)} s + {show(epoch)} s an epoch"
+        name += f"; break-even at {show(epochs)} epochs" if epochs else ""
+        axes.plot([0, end], [start, start + end * epoch], label=name, **look(index))
+        if epochs and epochs <= end:
+            line = [[epochs] * 2, [0, start + epochs * epoch]]
+            axes.plot(*line, ":*", color="black", markersize=14, markevery=[1])
+    axes.set(xlabel="epochs", ylabel="import, build, compile\nand training, s", ylim=(0, None))
+
+
+def draw(plot, report, *arguments, form="svg"):
+    """Bytes of one plot, 5 inches wide in 12 points: legible on a phone"""
+    import matplotlib  # only where a report is written: its import takes most of a second
+    from matplotlib.figure import Figure
+
+    count = len(report["labels"])
+    height = 3.4 + 0.35 * count if plot in (plot_curves, plot_cost) else 1.2 + 0.7 * count
+    with matplotlib.rc_context({"font.size": 12, "svg.hashsalt": "compare"}):
+        figure = Figure(figsize=(5, height), layout="constrained", dpi=200)
+        axes = figure.add_subplot()
+        plot(axes, report, *arguments)
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.03)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            labels = [textwrap.fill(label, 42) for label in labels]
+            figure.legend(handles, labels, loc="outside upper center", fontsize=11)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else None)
+    return buffer.getvalue()
+
+
+def write_report(report, folder):
+    """report.html (one page, nothing from elsewhere), report.md, .csv, .svg and .png"""
+    import jinja2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = {
+        "Training speed: each repeat a dot, the bar the median": draw(plot_speed, report),
+        "Peak memory, medians": draw(plot_memory, report),
+        "Accuracy over epochs, each repeat a line": draw(plot_curves, report, "epochs"),
+        "Accuracy over seconds, each repeat a line": draw(plot_curves, report, "s"),
+        "Cost of starting, cost per epoch": draw(plot_cost, report),
+    }
+    (folder / "report.svg").write_bytes(next(iter(plots.values())))
+    (folder / "report.png").write_bytes(draw(plot_speed, report, form="png"))
+    write_csv(report, folder / "report.csv")
+    pictures = {title: base64.b64encode(plot).decode() for title, plot in plots.items()}
+    loader = jinja2.FileSystemLoader(ROOT / "harness")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)
+    for form in ("html", "md"):
+        template = environment.get_template(f"compare_report.{form}.j2")
+        text = template.render(report=report, pictures=pictures, show=show, dig=dig)
+        (folder / f"report.{form}").write_text(text, encoding="utf-8")
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+def report_on(paths, config, console, comparison=""):
+    """Shows and writes the report on the files' records (of one comparison); returns it"""
+    loaded = [load(path) for path in paths]
+    found = [item for items, _ in loaded for item in items if item["id"].startswith(comparison)]
+    report = create_report(found, config, [line for _, lines in loaded for line in lines])
+    if config.report:
+        write_report(report, config.report)
+        console.print(f"wrote {config.report / 'report.html'}, .md, .csv, .svg, .png")
+    print_report(report, console)
+    return report
+
+
+def run_comparison(config, work, console):
+    """Measures and reports; returns the exit status"""
+    if config.repeats < 1:
+        raise BadInput(f"expected --repeats of at least 1, got {config.repeats}")
+    if fixed := list_flags(work) & {"results-path", "keras-backend"}:
+        raise BadInput(f"--{min(fixed)} cannot stand after --; use --results-path or --backends")
+    entries = choose_entries(config)
+    comparison, path = choose_comparison(entries, config, work or DEFAULT_WORK)
+    plan = create_plan(entries, config, work or DEFAULT_WORK, path, comparison)
+    if config.dry_run:
+        print("\n".join(shlex.join(run["command"]) for run in plan))
+        return 0
+    if not measure(plan, path, config, console):
+        return 130
+    return 1 if report_on([path], config, console, comparison)["failed"] else 0
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted"""
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    config, work = tyro.cli(CompareConfig, args=argv[:split]), argv[split + 1 :]
+    console = Console(highlight=False, markup=False, emoji=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+    try:
+        if config.target_accuracy is not None and not 0 < config.target_accuracy <= 1:
+            raise BadInput(f"expected --target-accuracy of 0 to 1, got {config.target_accuracy}")
+        if not config.records:
+            return run_comparison(config, work, console)
+        if work or config.entries or config.backends or config.resume or config.dry_run:
+            raise BadInput("files are reported on, not measured; leave out --entries and the like")
+        report_on(config.records, config, console)
+        return 0
+    except BadInput as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What the tests share: child processes, since each backend needs one of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("jax", "torch")
+# A model that trains in seconds; the flags of every run that is not about the default model.
+SMALL = (
+    *("--dataset=synthetic", "--train-images=400", "--test-images=100", "--num-epochs=1"),
+    *("--batch-size=50", "--image-size=32", "--patch-size=8", "--projection-dim=32"),
+    *("--num-heads=2", "--transformer-layers=1", "--mlp-head-units=64"),
+)
+
+
+def child_environment(folder, **changes):
+    """This environment without what would change a run; `folder` holds all that it writes."""
+    names = ("KERAS_BACKEND", "WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    environment |= {"NETRC": str(folder / "no-netrc"), "WANDB_SILENT": "true"}
+    # Small models gain nothing from threads, and two at once would wait for each other.
+    environment |= {"OMP_NUM_THREADS": "1"}
+    return environment | {"PYTHONPATH": str(ROOT)} | changes
+
+
+def run_vit(folder, *flags, backend="jax", wandb=False, **environment):
+    """Run vit.py in `folder`; returns the finished process, its output as text."""
+    command = [sys.executable, str(ROOT / "vit.py"), f"--keras-backend={backend}", *flags]
+    command += [] if wandb else ["--no-use-wandb"]
+    if not any(flag.startswith("--checkpoint-path") for flag in flags):
+        command.append(f"--checkpoint-path={folder / 'best.weights.h5'}")
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=child_environment(folder, **environment),
+        capture_output=True,
+        text=True,
+    )
+
+
+def run_code(folder, backend, code):
+    """Run Python on a backend, in a process of its own, with vit.py at hand; its printed JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=child_environment(folder, KERAS_BACKEND=backend),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def read_last_record(folder):
+    from harness import record
+
+    records, problems = record.read_records(folder / "results.jsonl")
+    assert problems == []
+    assert record.check_record(records[-1]) == []
+    return records[-1]
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request):
+    return request.param

@@ -1,0 +1,647 @@
+"""compare.py: its statistics, what it runs and in which order, and what it makes of records"""
+
+import csv
+import html.parser
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import compare
+from harness import record as records
+
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.timeout(120)]
+ROOT = Path(compare.__file__).parent
+
+CHILD = """
+# Stands in for vit.py: appends the record made ready for its backend and seed, or dies as told
+import json, os, signal, sys, time
+sys.path.insert(0, ROOT)
+from harness.record import append_record
+words = [word for word in sys.argv[1:] if word != "--no-use-wandb"]
+flags = dict(zip(words[::2], words[1::2]))
+name = flags["--keras-backend"] + flags["--seed"]
+with open("ran.txt", "a") as file:
+    file.write(json.dumps([name, sys.argv[1:]]) + "\\n")
+fate = json.loads(os.environ.get("FATES", "{}")).get(name)
+if fate == "raise":
+    print("Traceback", "ValueError: no luck", sep="\\n", file=sys.stderr)
+    sys.exit(1)
+if fate == "refuse":
+    print("╭─ x ─╮\\n│ Unrecognized options: --epoch │\\n╰─────╯", file=sys.stderr)
+    sys.exit(2)
+if fate == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fate == "silent":
+    sys.exit(0)
+try:
+    time.sleep(60 if fate == "hang" else 0)
+except KeyboardInterrupt:
+    pass
+with open("ready.json") as file:
+    record = json.load(file)[name]
+record["id"] = "mine" if fate == "anonymous" else os.environ["VIT_RECORD_ID"]
+record["status"] = {"hang": "interrupted", "oom": "oom"}.get(fate, "ok")
+append_record(flags["--results-path"], record)
+"""
+
+
+def create_train_record(backend, seed, speed=None, **changes):
+    """A record of vit.py's kind; `changes` are top-level keys, or dotted ones as group__field"""
+    speed = speed or {"jax": 400.0, "torch": 300.0}.get(backend, 200.0) + seed
+    record = records.create_record(
+        "train",
+        status="ok",
+        id=f"{backend}-{seed}-{speed}",
+        started=f"2026-01-01T00:00:{seed:02d}Z",
+        backend=backend,
+        precision="float32",
+        config={
+            "dataset": "synthetic",
+            "seed": seed,
+            "batch_size": 64,
+            "num_epochs": 3,
+            "units": [4, 4],
+        },
+        device={"kind": "cpu", "name": "a processor", "node_name": "box", "power_mode": None},
+        versions={"python": "3.11.2", "keras": "3.15.1"},
+        git={"commit": "abc", "dirty": False},
+        model={"parameters": 1000, "flops_per_image": 5e6},
+        timing={
+            "import_seconds": 2.0,
+            "build_seconds": 1.0,
+            "compile_seconds": 9.0 if backend == "jax" else 3.0,
+            "compile_cache": "cold",
+            "epoch_seconds": [10.0, 1000 / speed, 1000 / speed],
+            "train_images_per_second": speed,
+        },
+        memory={"device_peak_bytes": None, "host_peak_bytes": int(speed) * 2**20},
+        energy={"joules": None, "joules_per_image": None, "source": None},
+        quality={
+            "accuracy": [0.1, 0.2, 0.3],
+            "val_accuracy": [0.1, 0.2, 0.25],
+            "test_accuracy": 0.2 + seed / 100,
+            "test_top5_accuracy": 0.5 + seed / 100,
+            "data_fingerprint": f"f{seed}",
+        },
+        notes=[
+            "memory.device_peak_bytes: no statistics on the CPU",
+            "energy: no power sensor",
+            "device.power_mode: none here",
+        ],
+    )
+    for key, value in changes.items():
+        group, _, field = key.partition("__")
+        if field:
+            record[group][field] = value
+        else:
+            record[group] = value
+    return record
+
+
+def write_file(path, items):
+    for item in items:
+        records.append_record(path, item)
+    return path
+
+
+def pair_up(count=3, **torch_changes):
+    """Records as compare.py's children would leave them: jax and torch, `count` repeats"""
+    items = []
+    for repeat in range(1, count + 1):
+        for backend, changes in (("jax", {}), ("torch", torch_changes)):
+            record_id = f"0a1b2c3d-20260101T000000-r{repeat}-{backend}"
+            items.append(create_train_record(backend, repeat, id=record_id, **changes))
+    return items
+
+
+def report_on(items, **fields):
+    return compare.create_report(items, compare.CompareConfig(**fields))
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A folder with the stand-in child, where every backend counts as installed"""
+    (tmp_path / "child.py").write_text(CHILD.replace("ROOT", repr(str(ROOT))))
+    names = [(backend, seed) for backend in ("jax", "torch") for seed in (1, 2, 3)]
+    ready = {f"{backend}{seed}": create_train_record(backend, seed) for backend, seed in names}
+    (tmp_path / "ready.json").write_text(json.dumps(ready))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    find_spec = compare.importlib.util.find_spec
+    backends = ("jax", "torch")
+    monkeypatch.setattr(
+        compare.importlib.util,
+        "find_spec",
+        lambda name: (
+            (name in backends or None) if name in (*backends, "tensorflow") else find_spec(name)
+        ),
+    )
+    return tmp_path
+
+
+def run_main(*arguments):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return compare.main([str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def read_ran(folder):
+    lines = (folder / "ran.txt").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def result_file(folder):
+    (path,) = folder.glob("results/compare-*.jsonl")
+    return path
+
+
+# ---- Statistics
+
+
+@pytest.mark.parametrize(
+    "values, low, high, coverage, different",
+    [
+        ([2.0, 3.0], None, None, None, None),
+        ([2.0, 3.0, 2.5], 2.0, 3.0, 0.75, True),
+        ([0.9, 1.2, 1.1, 1.3], 0.9, 1.3, 0.875, False),
+        ([1.0, 1.2, 1.1, 1.3, 1.4], 1.0, 1.4, 0.9375, False),
+        ([1.1, 1.2, 1.1, 1.3, 1.4, 1.2, 1.6], 1.1, 1.6, 1 - 2**-6, True),
+    ],
+)
+def test_interval_of_few_pairs_is_their_range(values, low, high, coverage, different):
+    reference = np.full(len(values), 2.0)
+    result = compare.compare_pairs(np.array(values) * 2, reference, "ratio")
+    assert result["estimate"] == pytest.approx(np.median(values))
+    assert (result["low"], result["high"]) == pytest.approx((low, high))
+    assert (result["coverage"], result["different"]) == (coverage, different)
+    assert bool(result["reason"]) == (low is None)
+    shifted = compare.compare_pairs(
+        np.array(values) - 1 + 7, np.full(len(values), 7.0), "difference"
+    )
+    assert shifted["estimate"] == pytest.approx(np.median(values) - 1)
+
+
+def test_the_range_covers_the_median_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    for pairs in (3, 5):
+        samples = rng.lognormal(size=(4000, pairs))  # its median is 1
+        ones = np.ones(pairs)
+        results = [compare.compare_pairs(sample, ones, "ratio") for sample in samples]
+        covered = np.mean([not result["different"] for result in results])
+        assert covered == pytest.approx(results[0]["coverage"], abs=0.02)
+
+
+def test_bootstrap_agrees_with_scipy():
+    rng = np.random.default_rng(2)
+    values, reference = rng.normal(1.2, 0.1, 15), rng.normal(1.0, 0.02, 15)
+    ours = compare.compare_pairs(values, reference, "ratio")
+    theirs = stats.bootstrap(
+        (values / reference,), np.median, n_resamples=10_000, method="percentile", rng=3
+    ).confidence_interval
+    spacing = np.diff(
+        np.sort(values / reference)
+    ).max()  # a bootstrapped median is one of few values
+    assert ours["low"] == pytest.approx(theirs.low, abs=spacing / 2)
+    assert ours["high"] == pytest.approx(theirs.high, abs=spacing / 2)
+    assert ours["coverage"] == 0.95
+    assert ours == compare.compare_pairs(values, reference, "ratio")  # seeded
+
+
+def test_break_even():
+    assert compare.find_break_even(10, 2, 4, 3) == 6  # 10 + 6 * 2 == 4 + 6 * 3
+    assert compare.find_break_even(4, 3, 10, 2) == 6
+    assert compare.find_break_even(4, 2, 10, 3) is None
+    assert compare.find_break_even(4, 2, 4, 3) is None
+
+
+def test_hand_computed_report():
+    report = report_on(pair_up(), target_accuracy=0.2)
+    jax, torch = report["cells"]["images_per_second"]
+    assert (jax["median"], jax["low"], jax["high"], jax["versus"]) == (402, 401, 403, None)
+    assert torch["versus"]["estimate"] == pytest.approx(302 / 402)
+    assert torch["versus"]["low"] == pytest.approx(301 / 401)
+    assert report["cells"]["epoch_seconds"][0]["median"] == pytest.approx(1000 / 402)
+    assert report["cells"]["start_seconds"][0]["median"] == 12
+    assert report["cells"]["target_seconds"][0]["median"] == pytest.approx(3 + 10 + 1000 / 402)
+    epochs = (12 - 6) / (1000 / 302 - 1000 / 402)
+    assert report["break_even"][1] == (
+        pytest.approx(epochs),
+        f"ahead until {compare.show(epochs)} epochs",
+    )
+    assert report["cells"]["device_peak_mib"][0]["reason"].endswith("no statistics on the CPU")
+    assert report["cells"]["joules_per_image"][0]["reason"].endswith("no power sensor")
+    assert report["warnings"] == [] and report["deliberate"] == []
+    assert report["sentence"] == (
+        "jax trained 1.33 times as fast as torch (1.33–1.33, 3 interleaved repeats), with 1.33"
+        " times the host memory; accuracy: no difference shown"
+    )
+
+
+def test_other_sentences():
+    same = [item | {"timing": pair_up()[0]["timing"]} for item in pair_up(5)]
+    assert report_on(same)["sentence"].startswith(
+        "no difference in training speed shown between jax and torch (1.000–1.000, 5 interleaved"
+    )
+    assert "(too few repeats for an interval, 2 interleaved" in report_on(pair_up(2))["sentence"]
+    assert report_on(pair_up()[::2])["sentence"].startswith("nothing to compare: 1 of 1")
+    better = [item for item in pair_up(3)]
+    for item in better[::2]:
+        item["quality"]["test_accuracy"] += 0.05
+    assert "accuracy: jax +5.0 points (+5.0 to +5.0)" in report_on(better)["sentence"]
+    one_seed = pair_up()
+    for item in one_seed:
+        item["config"]["seed"] = 7
+    assert "too few seeds" in report_on(one_seed)["sentence"]
+
+
+def test_reference_and_target_that_is_never_reached():
+    report = report_on(pair_up(), reference="torch", target_accuracy=0.9)
+    assert report["cells"]["images_per_second"][0]["versus"]["estimate"] == pytest.approx(402 / 302)
+    assert "did not reach 90.0%" in report["cells"]["target_seconds"][0]["reason"]
+
+
+def test_energy_of_different_sources_is_not_compared():
+    items = pair_up(energy__joules_per_image=2.0, energy__source="INA3221 rails")
+    for item in items[::2]:
+        item["energy"] |= {"joules_per_image": 1.0, "source": "NVML"}
+    torch = report_on(items)["cells"]["joules_per_image"][1]
+    assert torch["median"] == 2 and torch["versus"] is None
+
+
+# ---- Fairness
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"precision": "tf32"}, "precision differs: float32 (jax); tf32 (torch)"),
+        ({"model__parameters": 999}, "model.parameters differs: 1000 (jax); 999 (torch)"),
+        ({"config__batch_size": 32}, "config.batch_size differs: 64 (jax); 32 (torch)"),
+        ({"config__units": [8, 4]}, "config.units differs: (4, 4) (jax); (8, 4) (torch)"),
+        ({"config__seed": 9}, "config.seed differs: 1, 2, 3 (jax); 9, 9, 9 (torch)"),
+        ({"quality__data_fingerprint": "x"}, "quality.data_fingerprint differs: f1, f2, f3"),
+        ({"versions__keras": "3.0.0"}, "versions.keras differs: 3.15.1 (jax); 3.0.0 (torch)"),
+        ({"device__name": "a GPU"}, "device.name differs: a processor (jax); a GPU (torch)"),
+        (
+            {"timing__compile_cache": "warm"},
+            "timing.compile_cache differs: cold (jax); warm (torch)",
+        ),
+        ({"model__flops_per_image": None}, "flops_per_image is not checked: unknown for torch"),
+        ({"device__node_name": "other"}, "different machines"),
+    ],
+)
+def test_unequal_work_is_a_warning(changes, expected):
+    report = report_on(pair_up(**changes))
+    assert any(expected in line for line in report["warnings"]), report["warnings"]
+    told = "differs" in expected and "compile_cache" not in expected
+    assert ("; but unequal: " in report["sentence"]) == told
+
+
+def test_what_an_entry_changes_itself_is_said_not_warned_of():
+    items = pair_up(precision="bfloat16", config__precision="bfloat16")
+    for item in items[1::2]:
+        item["id"] = item["id"].replace("-torch", "-torch:--precision=bfloat16")
+    report = report_on(items)
+    assert report["labels"] == ["jax", "torch:--precision=bfloat16"]
+    assert report["warnings"] == []
+    assert len(report["deliberate"]) == 1 and "bfloat16" in report["deliberate"][0]
+
+
+def test_notes_are_repeated_once_with_a_count():
+    items = pair_up()
+    for item in items[:4]:
+        item["notes"].append("throttled: the clock fell")
+    assert report_on(items)["warnings"] == ["throttled: the clock fell (4 of 6 runs)"]
+
+
+# ---- Records made earlier
+
+
+def test_records_by_hand_are_told_apart_by_what_differs():
+    items = [create_train_record("jax", seed) for seed in (1, 2, 3)]
+    items += [create_train_record("jax", seed, 100, config__batch_size=128) for seed in (1, 2, 3)]
+    report = report_on(items)
+    assert report["labels"] == ["jax:--batch-size=64", "jax:--batch-size=128"]
+    assert [len(entry["ok"]) for entry in report["entries"]] == [3, 3]
+    assert any("did not run interleaved" in line for line in report["warnings"])
+    assert "interleaved" not in report["sentence"]
+    assert "batch_size" in report["deliberate"][0]
+
+
+def test_two_machines_side_by_side(bench, capsys):
+    ours = write_file(bench / "a.jsonl", pair_up())
+    theirs = pair_up(2, device__node_name="orin")[1::2]
+    for item in theirs:
+        item["id"] = item["id"].replace("0a1b", "ffff")
+    theirs = write_file(bench / "b.jsonl", theirs)
+    assert run_main(ours, theirs) == 0
+    assert compare.group_records(records.read_records(theirs)[0])[0]["label"] == "torch"
+    shown = capsys.readouterr().out
+    assert "torch @ orin" in shown and "jax @ box" in shown and "different machines" in shown
+
+
+def test_failed_and_partial_rows():
+    items = pair_up()
+    items[0] |= {"status": "oom", "error": "needs 9 GiB"}
+    items[0]["timing"] = {}
+    items[3]["timing"]["train_images_per_second"] = None
+    report = report_on(items)
+    assert report["failed"] == ["jax 1: oom: needs 9 GiB"]
+    jax, torch = report["cells"]["images_per_second"]
+    assert (len(jax["values"]), len(torch["values"]), torch["versus"]["pairs"]) == (2, 2, 1)
+    nothing = report_on([item | {"status": "error", "error": "x"} for item in pair_up()])
+    assert nothing["sentence"].startswith("nothing to compare")
+    assert nothing["footnotes"] == ["no run succeeded"]
+
+
+def test_a_retried_run_counts_once():
+    items = pair_up()
+    failed = items[0] | {"status": "error", "error": "x", "timing": {}}
+    later = items[0] | {"started": "2026-01-02T00:00:00Z"}
+    report = report_on([failed, *items[1:], later])
+    assert report["failed"] == [] and len(report["entries"][0]["runs"]) == 3
+    assert report["labels"] == ["jax", "torch"]
+
+
+# ---- The files
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.values, self.tags, self.attributes, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag == "data":
+            self.values.append(float(dict(attributes)["value"]))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_files_agree_and_load_nothing(bench):
+    items = pair_up()
+    items[1]["notes"].append("<script>alert(1)</script>")
+    path = write_file(bench / "a.jsonl", items)
+    assert run_main(path, "--report", "out") == 0
+    page = Page()
+    page.feed((bench / "out/report.html").read_text())
+    with (bench / "out/report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert page.values == [float(row["median"]) for row in rows if row["median"]]
+    assert len(page.values) == 2 * 7
+    assert all(row["reason"] for row in rows if not row["median"])
+    assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
+    assert page.tags.count("img") == 5 and ("name", "viewport") in page.attributes
+    links = [value for name, value in page.attributes if name in ("src", "href")]
+    assert all(link.startswith("data:") for link in links)
+    for row in rows:
+        if row["against"]:
+            assert row["against"] == "jax"
+            assert float(row["against_low"]) <= float(row["against_estimate"])
+            assert float(row["against_estimate"]) <= float(row["against_high"])
+    table = (bench / "out/report.md").read_text()
+    assert (
+        "| training, images/s | 402 (401–403) | 302 (301–303)<br>0.75 times (0.75–0.75) |" in table
+    )
+    assert "<script>" not in table
+    assert b"<svg" in (bench / "out/report.svg").read_bytes()
+    assert (bench / "out/report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_on_failures_alone_can_be_written(bench):
+    items = [item | {"status": "error", "error": "x", "timing": {}} for item in pair_up()]
+    assert run_main(write_file(bench / "a.jsonl", items), "--report", "out") == 0
+    assert "jax 1: error: x" in (bench / "out/report.html").read_text()
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_terminal_output_fits_80_columns(bench, capsys, count):
+    items = []
+    for index in range(count):
+        for item in pair_up()[::2]:
+            label = f"jax:--learning-rate=0.000{index}%20--augmentation=randaugment"
+            items.append(item | {"id": f"{item['id']}:{label}".replace("jax:jax", "jax")})
+    assert run_main(write_file(bench / "a.jsonl", items)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+
+
+# ---- Running
+
+
+def test_runs_are_interleaved_and_flags_pass(bench, capsys):
+    arguments = ("--backends", "jax", "torch", "--script", "child.py", "--repeats", 3)
+    assert run_main(*arguments, "--", "--dataset", "synthetic", "--odd flag", "a 'b'") == 0
+    ran = read_ran(bench)
+    assert [name for name, _ in ran] == ["jax1", "torch1", "torch2", "jax2", "jax3", "torch3"]
+    path = result_file(bench)
+    expected = ["--results-path", str(path.relative_to(bench)), "--keras-backend", "jax"]
+    expected += ["--no-use-wandb", "--seed", "1", "--dataset", "synthetic", "--odd flag", "a 'b'"]
+    assert ran[0][1] == expected
+    found, problems = records.read_records(path)
+    assert not problems and len(found) == 6
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^(jax|torch) \d/3: \d+ images/s", shown, re.M)) == 6
+    assert shown.rstrip().endswith("accuracy: no difference shown")
+
+
+def test_dry_run_runs_nothing(bench, capsys, monkeypatch):
+    monkeypatch.setenv("HERE", "/a folder")
+    (bench / "peers").mkdir()
+    entries = ("--entries", "jax", "native-torch", "torch:--trainer=fit --seed=4")
+    launcher = ("--launcher", "docker run -v $HERE:/app vit:ook-{image}")
+    arguments = (*entries, *launcher, "--dry-run", "--repeats", 2, "--", "--use_wandb=True")
+    assert run_main(*arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and not list(bench.glob("results/*"))
+    start = r"docker run -v '/a folder:/app' vit:ook-"
+    assert re.match(
+        start + r"jax env VIT_RECORD_ID=\S+-r1-jax python vit.py --results-path", lines[0]
+    )
+    assert re.match(start + r"pytorch env \S+ python peers/native_torch.py --results", lines[1])
+    assert "--keras-backend" not in lines[1] and "--seed 1 --use_wandb=True" in lines[1]
+    assert lines[2].endswith("--keras-backend torch --use_wandb=True --trainer=fit --seed=4")
+    assert lines[3].split("--seed")[0] == lines[2].replace("-r1-", "-r2-").split("--seed")[0]
+    assert "--no-use-wandb" not in "".join(lines)
+
+
+def test_default_is_every_installed_backend(bench, capsys):
+    assert run_main("--script", "child.py", "--dry-run", "--repeats", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["jax" in lines[0], "torch" in lines[1], len(lines)] == [True, True, 2]
+    assert all("--dataset synthetic" in line for line in lines)
+
+
+FATES = [
+    ("raise", "error", "ValueError: no luck"),
+    ("refuse", "error", "Unrecognized options: --epoch"),
+    ("kill", "oom", "SIGKILL"),
+    ("silent", "error", "neither record nor message"),
+    ("anonymous", "error", "the id mine instead"),
+    ("oom", "oom", None),
+]
+
+
+@pytest.mark.parametrize("fate, status, error", FATES)
+def test_a_failed_run_is_a_row_and_resume_tries_it_again(bench, monkeypatch, fate, status, error):
+    monkeypatch.setenv("FATES", json.dumps({"torch1": fate}))
+    arguments = ("--backends", "jax", "torch", "--script", "child.py", "--repeats", 2)
+    assert run_main(*arguments) == 1
+    path = result_file(bench)
+    found = {item["id"]: item for item in records.read_records(path)[0]}
+    (failed,) = (item for item in found.values() if item["id"].endswith("-r1-torch"))
+    assert failed["status"] == status and (error is None or error in failed["error"])
+    assert failed["backend"] == "torch" and records.check_structure(failed) == []
+    assert len(read_ran(bench)) == 4
+    monkeypatch.setenv("FATES", "{}")
+    assert run_main(*arguments, "--resume") == 0
+    assert [name for name, _ in read_ran(bench)[4:]] == ["torch1"]
+    assert run_main(*arguments, "--resume", "--repeats", 3) == 0  # more repeats of the same
+    assert len(read_ran(bench)) == 7 and path == result_file(bench)
+
+
+def start_compare(bench, *arguments, **environment):
+    """compare.py as a process; `--launcher env` spares it the look for installed backends"""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [sys.executable, "-W", "error", ROOT / "compare.py", "--launcher", "env"]
+    command += ["--script", "child.py", "--backends", "jax", "torch", "--repeats", "2", *arguments]
+    environment = {**os.environ, "PATH": path, **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=bench, env=environment, **pipes)
+
+
+def wait_for_runs(bench, count, process):
+    while not (bench / "ran.txt").exists() or len(read_ran(bench)) < count:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_loses_nothing(bench, number):
+    with start_compare(bench, FATES='{"torch2": "hang"}') as process:
+        wait_for_runs(bench, 3, process)
+        process.send_signal(number)
+        shown = process.communicate()[0]
+    assert process.returncode == 130, shown
+    assert "--resume" in shown and "Traceback" not in shown
+    statuses = [item["status"] for item in records.read_records(result_file(bench))[0]]
+    assert statuses == ["ok", "ok", "interrupted"]
+    with start_compare(bench, "--resume") as process:
+        shown = process.communicate()[0]
+    assert process.returncode == 0, shown
+    assert [name for name, _ in read_ran(bench)[3:]] == ["torch2", "jax2"]
+
+
+def test_resume_after_a_kill_and_a_torn_line(bench):
+    with start_compare(bench, FATES='{"torch2": "hang"}') as process:
+        wait_for_runs(bench, 3, process)
+        process.kill()
+        process.communicate()
+    path = result_file(bench)
+    assert len(records.read_records(path)[0]) == 2
+    with path.open("a") as file:
+        file.write('{"schema": 1, "kind": "tr')
+    with start_compare(bench, "--resume") as process:
+        shown = process.communicate()[0]
+    assert process.returncode == 0, shown
+    assert "warning: " in shown and "line 3" in shown
+    assert len(read_ran(bench)) == 5
+
+
+# ---- Bad input
+
+
+def write_newer(path):
+    path.write_text(
+        json.dumps(create_train_record("jax", 1) | {"schema": records.SCHEMA + 1}) + "\n"
+    )
+    return [path]
+
+
+def write_mixed(path):
+    items = [create_train_record("jax", 1), create_train_record("torch", 1)]
+    items[1]["config"]["dataset"] = "cifar100"
+    return [write_file(path, items)]
+
+
+def write_empty(path):
+    path.write_text("")
+    return [path]
+
+
+def write_latency(path):
+    return [write_file(path, [records.create_record("latency", status="ok")])]
+
+
+BAD_INPUT = [
+    (["--entries", "mxnet"], "unknown entry 'mxnet': expected one of jax, torch"),
+    (["--backends", "native-jax"], "unknown backend 'native-jax': expected one of jax, torch"),
+    (["--entries", "jax:fast"], "expected flags after the colon, as in jax:--flag=value"),
+    (["--entries", "jax:--a='b"], "quote the flags"),
+    (["--entries", "jax:--dataset=x"], "--dataset is the same for all entries"),
+    (["--entries", "jax", "jax"], "entry 'jax' is there twice"),
+    (["--entries", "tensorflow"], "pip install '.[tensorflow]'"),
+    (["--entries", "jax", "--script", "no.py"], "there is no no.py; see --script"),
+    (["--repeats", "0"], "expected --repeats of at least 1, got 0"),
+    (["--reference", "best"], "unknown reference 'best': expected one of jax, torch"),
+    (["--target-accuracy", "40"], "expected --target-accuracy of 0 to 1, got 40"),
+    (["--", "--results-path", "x"], "--results-path cannot stand after --"),
+    (["--launcher", "no-such-program"], "cannot start 'no-such-program'"),
+    (["missing.jsonl"], "missing.jsonl: expected a file of records"),
+    (write_empty, "empty file"),
+    (write_newer, "newer than this program's"),
+    (write_mixed, "expected one dataset, got cifar100 and synthetic"),
+    (write_latency, "expected records of kind train, got none"),
+]
+
+
+@pytest.mark.parametrize("arguments, expected", BAD_INPUT)
+def test_bad_input_is_one_line(bench, capsys, arguments, expected):
+    made = not isinstance(arguments, list)
+    arguments = arguments(bench / "a.jsonl") if made else arguments
+    script = (
+        [] if made or "--script" in arguments or arguments[0][0] != "-" else ["--script=child.py"]
+    )
+    assert run_main(*script, *arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_files_are_not_measured(bench, capsys):
+    assert run_main(write_file(bench / "a.jsonl", pair_up()), "--backends", "jax") == 2
+    assert "leave out" in capsys.readouterr().err
+
+
+def test_no_backend_at_all(bench, capsys, monkeypatch):
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    assert run_main() == 2
+    assert "pip install '.[jax]'" in capsys.readouterr().err
+
+
+def test_a_broken_line_is_a_warning(bench, capsys):
+    path = write_file(bench / "a.jsonl", pair_up())
+    with path.open("a") as file:
+        file.write("{broken\n")
+    assert run_main(path) == 0
+    assert "warning: a.jsonl line 7: not JSON" in capsys.readouterr().out
+
+
+def test_help_is_quick_and_imports_no_keras():
+    code = "import sys, compare; print({'keras', 'jax', 'torch', 'matplotlib'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run.stderr

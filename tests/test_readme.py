@@ -1,0 +1,61 @@
+"""The README's commands, run as they stand there but for flags that make them short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SMALL, child_environment
+
+TEXT = (ROOT / "README.md").read_text()
+LINES = [
+    line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.split("\n")
+]
+COMMANDS = [line.split("  #")[0].strip() for line in LINES if line and not line.startswith("#")]
+PYTHON = [command for command in COMMANDS if re.match(r"(\w+=\S+ )*python ", command)]
+
+
+def test_the_first_screen_sets_everything_up():
+    assert {"make demo", "make test"} <= set(COMMANDS)
+    assert "make demo" in "\n".join(TEXT.split("\n")[:45])
+
+
+@pytest.mark.parametrize("command", PYTHON)
+def test_python_commands(command, tmp_path):
+    words = shlex.split(command)
+    environment = child_environment(tmp_path, WANDB_MODE="disabled")
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    script = words[1]
+    words = [sys.executable, str(ROOT / script), *words[2:]]
+    if script == "vit.py":
+        words += [*SMALL, "--trainer=fit", f"--checkpoint-path={tmp_path / 'b.weights.h5'}"]
+    elif any(word.endswith(".jsonl") for word in words):  # a report on records that are here
+        words = [str(ROOT / word) if word.startswith("results/") else word for word in words]
+    else:
+        words.insert(2, "--dry-run")
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_targets_exist(command):
+    words = [*shlex.split(command), "--dry-run"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_linked_file_is_here():
+    links = re.findall(r"\]\(((?!https?://|#)[^)]+)\)", TEXT)
+    assert links and not [link for link in links if not (ROOT / link.split("#")[0]).exists()]
+
+
+def test_every_field_of_the_record_is_explained():
+    import vit
+
+    names = {name for names in vit.MEASURED.values() for name in names}
+    assert not [name for name in sorted(names) if f"`{name}`" not in TEXT]

@@ -1,0 +1,415 @@
+"""vit.py as a person uses it: whole runs in processes of their own, and every way to fail."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BACKENDS, ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+
+# Chance is 1 %; this small model reaches more than 10 % (top-5 30 %) in these epochs.
+LEARNING = (
+    *("--train-images=6000", "--test-images=500", "--num-epochs=5", "--transformer-layers=2"),
+    *("--patch-size=4", "--projection-dim=64", "--learning-rate=0.002", "--dropout=0"),
+    *("--attention-dropout=0.1", "--head-dropout=0", "--no-augment"),
+)
+ARCHIVE = Path.home() / ".keras/datasets/cifar-100-python-target_archive"
+
+
+def only_line(done):
+    """The one line that a refused command prints, without its prefix."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    return lines[0].removeprefix("vit.py: error: ")
+
+
+# ---- before Keras is imported ------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_keras(tmp_path):
+    """An environment in which importing Keras fails."""
+    (tmp_path / "stop").mkdir()
+    (tmp_path / "stop/keras.py").write_text("raise SystemExit('keras was imported')")
+    return {"PYTHONPATH": str(tmp_path / "stop")}
+
+
+def test_help_needs_no_keras(tmp_path, no_keras):
+    done = run_vit(tmp_path, "--help", **no_keras)
+    assert done.returncode == 0 and "--num-epochs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--image-size=70"], "--image-size: expected a multiple of --patch-size 6, got 70"),
+        (["--batch-size=0"], "--batch-size: expected above 0, got 0"),
+        (["--validation-split=1.0"], "expected at least 0 and below 1, got 1.0"),
+        (["--learning-rate=nan"], "--learning-rate: expected above 0, got nan"),
+        (["--num-classes=1"], "--num-classes: expected 2 to 100, got 1"),
+        (["--transformer-units", "64", "32"], "expected the last to be --projection-dim 64"),
+        (["--checkpoint-path=x.h5"], "expected a name ending in .weights.h5, got x.h5"),
+        (["--train-images=100"], "--batch-size: expected at most the 90 images"),
+        (["--train-images=50001"], "--train-images: expected at most 50000"),
+        (["--keras-backend=mxnet"], "expected one of jax, torch, tensorflow, got 'mxnet'"),
+        (["--wandb-tags=[broken"], "--wandb-tags: expected a list"),
+    ],
+)
+def test_an_impossible_value_is_one_line(tmp_path, no_keras, flags, told):
+    done = run_vit(tmp_path, *flags, **no_keras)
+    assert done.returncode == 2 and told in only_line(done)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--num-epochs=many"], ["--precision=int8"]])
+def test_an_unknown_flag_or_value_is_refused(tmp_path, no_keras, flags):
+    done = run_vit(tmp_path, *flags, **no_keras)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert flags[0].split("=")[0] in done.stderr
+
+
+@pytest.mark.parametrize(
+    "module, told", [("torch", "pip install '.[torch]'"), ("wandb", "--no-use")]
+)
+def test_what_is_not_installed_is_named(tmp_path, module, told):
+    hide = f"import sys, runpy; sys.modules[{module!r}] = None; sys.argv[1:] = sys.argv[1:]"
+    code = f"{hide}; runpy.run_path({str(ROOT / 'vit.py')!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"--keras-backend={'torch' if module == 'torch' else 'jax'}"],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and told in only_line(done)
+
+
+def choose(argv, monkeypatch, environment):
+    import vit
+
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    vit._set_backend_from_env_or_cli(argv)
+    return os.environ["KERAS_BACKEND"]
+
+
+@pytest.mark.parametrize("flag", [["--keras-backend", "torch"], ["--keras_backend=torch"]])
+def test_the_flag_wins_over_the_environment(monkeypatch, flag):
+    assert choose(flag, monkeypatch, {"KERAS_BACKEND": "jax"}) == "torch"
+
+
+def test_the_environment_wins_over_the_default(monkeypatch):
+    assert choose([], monkeypatch, {"KERAS_BACKEND": "torch"}) == "torch"
+    assert choose([], monkeypatch, {"KERAS_BACKEND": ""}) == "jax"
+
+
+def test_spellings_of_flags():
+    import vit
+
+    words = "--num_epochs 3 --batch-size=8 --use_wandb=False --augment True --mlp-head-units=[8,4]"
+    config = vit.parse_config([*words.split(), "--wandb-tags", '["a", "b"]', "--jit_compile=true"])
+    assert (config.num_epochs, config.batch_size, config.mlp_head_units) == (3, 8, (8, 4))
+    assert (config.use_wandb, config.augment, config.jit_compile) == (False, True, True)
+    assert config.wandb_tags == ("a", "b")
+    assert vit.parse_config(["--wandb-tags", "a", "b"]).wandb_tags == ("a", "b")
+
+
+def test_defaults(monkeypatch):
+    import vit
+
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "KERAS_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    config = vit.ViTConfig()
+    assert config.transformer_units == (128, 64) and config.head_dim == 64
+    assert config.num_patches == 144 and config.keras_backend == "jax"
+    assert config.wandb_project == "keras3_edge_baseline" and config.wandb_entity is None
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert vit.ViTConfig(projection_dim=32).transformer_units == (64, 32)
+    assert vit.ViTConfig().wandb_project == "mine"
+
+
+# ---- a run that learns -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learned(backend, tmp_path_factory):
+    """One compiled training run on each backend, logged by W&B without an account."""
+    folder = tmp_path_factory.mktemp(backend)
+    done = run_vit(folder, *SMALL, *LEARNING, backend=backend, wandb=True, WANDB_DIR=str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def test_it_learns(learned):
+    quality = read_last_record(learned[0])["quality"]
+    assert quality["test_accuracy"] > 0.1 and quality["test_top5_accuracy"] > 0.3
+    assert quality["loss"][-1] < quality["loss"][0]
+    assert quality["val_accuracy"][quality["best_epoch"] - 1] == max(quality["val_accuracy"])
+
+
+def test_the_record_tells_the_run(learned, backend):
+    record = read_last_record(learned[0])
+    assert (record["status"], record["kind"], record["backend"]) == ("ok", "train", backend)
+    assert record["config"]["num_epochs"] == 5 and record["config"]["transformer_units"] == [
+        128,
+        64,
+    ]
+    assert record["versions"]["keras"] == "3.15.1" and record["versions"][backend]
+    timing, quality = record["timing"], record["quality"]
+    assert len(timing["epoch_seconds"]) == len(timing["validation_seconds"]) == 5
+    for name in ("import_seconds", "build_seconds", "compile_seconds", "start_seconds"):
+        assert timing[name] > 0
+    steady = sorted(timing["epoch_seconds"][1:])
+    assert timing["train_images_per_second"] * (steady[1] + steady[2]) / 2 == pytest.approx(5400)
+    assert quality["train_images"] == 5400 and quality["validation_images"] == 600
+    assert "synthetic" in quality["dataset"]
+    assert record["memory"]["host_peak_bytes"] > record["memory"]["host_import_bytes"] > 1e8
+
+
+def test_the_terminal_tells_the_run(learned, backend):
+    lines = learned[1].stdout.splitlines()
+    assert lines[0].startswith(f"{backend} on ") and "synthetic" in lines[0]
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == 5 and "images/s" in epochs[0] and "left" in epochs[0]
+    assert all(len(line) <= 80 for line in epochs)
+    assert 5 < len(lines) - lines.index(epochs[-1]) - 1 <= 10
+    assert "\r" not in learned[1].stderr  # no progress bar in a pipe
+
+
+def test_wandb_holds_the_run(learned, backend):
+    assert "WANDB_API_KEY" in learned[1].stderr  # the line of advice
+    (log,) = learned[0].glob("wandb/offline-run-*/run-*.wandb")
+    rows, summary, config = read_wandb(log)
+    epochs = [row for row in rows if "val_accuracy" in row]
+    record = read_last_record(learned[0])
+    assert [row["epoch"] for row in epochs] == list(range(5))
+    names = ("loss", "accuracy", "top-5-accuracy")
+    assert {*names, *(f"val_{name}" for name in names)} <= set(epochs[0])
+    assert epochs[-1]["loss"] == pytest.approx(record["quality"]["loss"][-1])
+    assert summary["final_test_accuracy"] == pytest.approx(record["quality"]["test_accuracy"])
+    assert summary["final_test_top5_accuracy"] == summary["test_top5_accuracy"]
+    assert summary["total_parameters"] == record["model"]["parameters"]
+    assert summary["train_images_per_second"] > 0 and summary["host_peak_bytes"] > 0
+    assert config["backend"] == backend and config["num_epochs"] == 5 and config["node_name"]
+
+
+def read_wandb(log):
+    """History rows, summary and configuration of an offline run, by W&B's own reader."""
+    tool = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(log)]
+    text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in text.splitlines()]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    summary, config = {}, {}
+    for record in records:
+        summary |= record.get("summary", {}).get("update", {})
+        config |= record.get("run", {}).get("config", {}).get("update", {})
+    return rows, summary, config
+
+
+def test_backends_agree(tmp_path):
+    """Weights, order, augmentation and dropout masks are the same, and so are the losses, until
+    rounding has grown: 16 steps of AdamW keep 3 digits."""
+    losses = {}
+    for name in BACKENDS:
+        flags = ["--num-epochs=2", "--trainer=fit"]
+        assert run_vit(tmp_path, *SMALL, *flags, backend=name).returncode == 0
+        record = read_last_record(tmp_path)
+        losses[name] = record["quality"]["loss"]
+        assert record["quality"]["data_fingerprint"]
+    assert losses["jax"] == pytest.approx(losses["torch"], rel=1e-3)
+
+
+@pytest.mark.parametrize("trainer", ["compiled", "fit"])
+def test_the_same_seed_gives_the_same_losses(tmp_path, trainer):
+    found = []
+    for seed in (3, 3, 4):
+        run_vit(tmp_path, *SMALL, f"--seed={seed}", f"--trainer={trainer}")
+        found.append(read_last_record(tmp_path)["quality"]["loss"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_quiet(tmp_path):
+    done = run_vit(tmp_path, *SMALL, "--no-verbose", "--trainer=fit")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_without_validation_the_last_weights_are_tested(tmp_path):
+    done = run_vit(tmp_path, *SMALL, "--validation-split=0", "--trainer=fit", "--num-epochs=2")
+    record = read_last_record(tmp_path)
+    assert done.returncode == 0 and record["quality"]["best_epoch"] == 2
+    assert record["quality"]["test_accuracy"] is not None
+
+
+def test_dotenv_is_read(tmp_path):
+    (tmp_path / ".env").write_text("KERAS_BACKEND=torch\nWANDB_PROJECT=from-dotenv\n")
+    environment = child_environment(tmp_path)
+    command = [sys.executable, str(ROOT / "vit.py"), *SMALL, "--no-use-wandb", "--trainer=fit"]
+    subprocess.run([*command, "--checkpoint-path=b.weights.h5"], cwd=tmp_path, env=environment)
+    record = read_last_record(tmp_path)
+    assert record["backend"] == "torch" and record["config"]["wandb_project"] == "from-dotenv"
+
+
+@pytest.mark.skipif(not ARCHIVE.exists(), reason=f"the CIFAR-100 archive is not at {ARCHIVE}")
+def test_cifar100(tmp_path, backend):
+    done = run_vit(tmp_path, *SMALL, "--dataset=cifar100", "--trainer=fit", backend=backend)
+    assert done.returncode == 0 and "CIFAR-100" in done.stdout
+    assert read_last_record(tmp_path)["quality"]["dataset"] == "CIFAR-100"
+
+
+# ---- runs that fail ----------------------------------------------------------------------------
+
+
+def test_diverged(tmp_path, backend):
+    # Weights of 1e20 overflow float32 in the first product of two layers.
+    trainer = "compiled" if backend == "jax" else "fit"
+    flags = [*SMALL, "--learning-rate=1e20", "--num-epochs=3", f"--trainer={trainer}"]
+    done = run_vit(tmp_path, *flags, backend=backend)
+    record = read_last_record(tmp_path)
+    assert (done.returncode, record["status"]) == (4, "diverged")
+    assert "in epoch 1" in record["error"] and record["quality"]["test_accuracy"] is None
+    assert "Traceback" not in done.stderr and "--learning-rate" in done.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(tmp_path, number, code):
+    command = [sys.executable, "-u", str(ROOT / "vit.py"), *SMALL, "--no-use-wandb"]
+    child = subprocess.Popen(
+        [*command, "--num-epochs=10000", "--checkpoint-path=b.weights.h5"],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not child.stdout.readline().startswith("epoch 2/"):
+        assert child.poll() is None
+    child.send_signal(number)
+    out, err = child.communicate()
+    record = read_last_record(tmp_path)
+    assert (child.returncode, record["status"]) == (code, "interrupted")
+    assert len(record["quality"]["loss"]) >= 2 and "Traceback" not in err
+
+
+def test_out_of_memory(tmp_path):
+    """Less address space than a batch needs, as the stand-in for a small device."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "vit.py"), "--no-use-wandb", "--dataset=synthetic"),
+            *("--keras-backend=torch", "--trainer=fit", "--batch-size=1500"),
+            *("--train-images=2000", "--checkpoint-path=b.weights.h5"),
+        ],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
+        capture_output=True,
+        text=True,
+    )
+    record = read_last_record(tmp_path)
+    assert (done.returncode, record["status"]) == (3, "oom"), done.stderr[-2000:]
+    assert "lower --batch-size 1500" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_data(tmp_path):
+    nowhere = {"KERAS_HOME": str(tmp_path / "keras"), "https_proxy": "http://127.0.0.1:9"}
+    done = run_vit(tmp_path, "--train-images=1000", **nowhere)
+    record = read_last_record(tmp_path)
+    assert (done.returncode, record["status"]) == (5, "error")
+    assert "--dataset synthetic" in done.stderr and "cs.toronto.edu" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for flag in ("--results-path=file/r.jsonl", "--checkpoint-path=file/b.weights.h5"):
+        done = run_vit(tmp_path, *SMALL, flag)
+        assert done.returncode == 2 and "expected a file that can be written" in only_line(done)
+
+
+def test_a_full_disk_at_the_end_is_told(tmp_path):
+    done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--results-path=/dev/full")
+    assert done.returncode == 6 and "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr and "test accuracy" in done.stdout
+
+
+def test_wandb_failing_in_mid_run_is_a_warning(capsys):
+    import vit
+
+    class Broken:
+        def log(self, values):
+            raise OSError("no space left")
+
+    vit.log_wandb(Broken(), {"loss": 1.0})
+    assert "training goes on" in capsys.readouterr().err
+
+
+def test_a_wandb_key_is_found(monkeypatch, tmp_path):
+    import vit
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not vit.has_wandb_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert vit.has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com:8080")
+    assert not vit.has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert vit.has_wandb_key()
+
+
+# ---- the model ---------------------------------------------------------------------------------
+
+SAVE = """
+import json, os, numpy as np, keras, vit
+model = vit.create_vit_classifier(vit.ViTConfig(transformer_layers=1, mlp_head_units=(64,)))
+pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3))
+np.save("pixels.npy", pixels)
+np.save("logits.npy", keras.ops.convert_to_numpy(model(pixels.astype("uint8"))))
+model.save("model.keras"); model.save_weights("model.weights.h5")
+print(json.dumps(0))
+"""
+LOAD = """
+import json, numpy as np, keras, vit
+pixels, logits = np.load("pixels.npy"), np.load("logits.npy")
+config = vit.ViTConfig(transformer_layers=1, mlp_head_units=(64,), seed=9)
+fresh = vit.create_vit_classifier(config)
+fresh.load_weights("model.weights.h5")
+both = [fresh, keras.models.load_model("model.keras")]
+found = [keras.ops.convert_to_numpy(model(pixels.astype("float32"))) for model in both]
+error = max(abs(other - logits).max() for other in found) / abs(logits).max()
+ours = [layer for layer in both[1].layers if type(layer).__module__ in ("vit", "harness.dropout")]
+again = [type(layer).from_config(layer.get_config()) for layer in ours]
+same = [a.get_config() == b.get_config() for a, b in zip(ours, again)]
+print(json.dumps([float(error), len(same) > 3 and all(same)]))
+"""
+
+
+@pytest.mark.parametrize("here, there", [("jax", "torch"), ("torch", "jax")])
+def test_what_one_backend_saves_the_other_loads(tmp_path, here, there):
+    run_code(tmp_path, here, SAVE)
+    error, same_config = run_code(tmp_path, there, LOAD)
+    assert error < 1e-5 and same_config
+
+
+def test_the_default_model(tmp_path, backend):
+    code = """
+import json, zlib, keras, vit
+from harness import engine
+model = vit.create_vit_classifier(vit.ViTConfig())
+weights = [keras.ops.convert_to_numpy(v) for v in model.trainable_variables]
+checksum = zlib.crc32(b"".join(weight.tobytes() for weight in weights))
+print(json.dumps([sum(weight.size for weight in weights), engine.count_flops(model), checksum]))
+"""
+    parameters, flops, checksum = run_code(tmp_path, backend, code)
+    assert parameters == 21_759_012
+    # By hand: patches, 8 x (q, k, v, out; scores and values; MLP), head; 2 per multiply-accumulate.
+    blocks = 8 * (144 * (4 * 64 * 256 + 2 * 64 * 128) + 2 * 144 * 144 * 256)
+    assert flops == 2 * (144 * 108 * 64 + blocks + 9216 * 2048 + 2048 * 1024 + 1024 * 100)
+    assert checksum == CHECKSUMS.setdefault("default", checksum)  # the same weights on each
+
+
+CHECKSUMS = {}
