@@ -26,6 +26,7 @@ import math
 import netrc
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -35,7 +36,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from harness.cli import ConfigError, check_writable, fail, name_flag, parse
+
 PROCESS_STARTED = time.perf_counter()
+BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
 EXIT_CODES = {"ok": 0, "error": 1, "oom": 3, "diverged": 4}
 NO_DATA, NOT_WRITTEN, INTERRUPTED, TERMINATED = 5, 6, 130, 143
 
@@ -43,17 +47,11 @@ NO_DATA, NOT_WRITTEN, INTERRUPTED, TERMINATED = 5, 6, 130, 143
 # Configuration: one field a line, the trailing comment is its help
 
 
-class ConfigError(Exception):
-    """An impossible value, in one line: expected and got. (tyro would frame a ValueError.)"""
-
-
 @dataclass
 class ViTConfig:
     """Every choice of a run. Impossible values raise ConfigError."""
 
-    keras_backend: Literal["jax", "torch", "tensorflow"] | None = (
-        None  # default: KERAS_BACKEND, else jax
-    )
+    keras_backend: Literal[BACKENDS] | None = None  # default: KERAS_BACKEND, else jax
     # data
     dataset: Literal["cifar100", "synthetic"] = "cifar100"  # synthetic: drawn pictures, no download
     num_classes: int = 100
@@ -116,7 +114,7 @@ class ViTConfig:
         ):
             value = getattr(self, name)
             if value is not None and not accepts(value):
-                raise ConfigError(f"{_flag(name)}: expected {expected}, got {value}")
+                raise ConfigError(f"{name_flag(name)}: expected {expected}, got {value}")
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"--image-size: expected a multiple of --patch-size {self.patch_size}, "
@@ -135,7 +133,7 @@ class ViTConfig:
         for name, available in (("train_images", 50_000), ("test_images", 10_000)):
             asked = getattr(self, name)
             if self.dataset == "cifar100" and asked and asked > available:
-                raise ConfigError(f"{_flag(name)}: expected at most {available}, got {asked}")
+                raise ConfigError(f"{name_flag(name)}: expected at most {available}, got {asked}")
         images = self.train_images or 50_000
         images -= round(images * self.validation_split)
         if self.batch_size > images:
@@ -156,54 +154,8 @@ POSITIVE = (
 SHARES = ("validation_split", "dropout", "attention_dropout", "head_dropout")
 
 
-def _flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse_config(argv):
-    """The configuration that a command line asks for; ends the process on --help and on errors.
-
-    Beside tyro's own forms it takes what W&B's sweep agents send: `--use_wandb=True`, and lists
-    as `--wandb-tags=["a","b"]`.
-    """
-    import tyro
-
-    kinds = {f.name: f.type for f in dataclasses.fields(ViTConfig)}
-    arguments, words = [], list(argv)
-    while words:
-        flag, equals, value = words.pop(0).partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        is_known = flag.startswith("--") and name in kinds
-        if is_known and kinds[name] is bool and not equals:
-            equals = words and words[0].lower() in ("true", "false")
-            value = words.pop(0) if equals else ""
-        if is_known and kinds[name] is bool and value.lower() in ("true", "false"):
-            arguments.append(flag if value.lower() == "true" else f"--no-{flag[2:]}")
-            continue
-        if is_known and not equals and words and words[0].startswith("["):
-            equals, value = "=", words.pop(0)
-        if is_known and value.startswith("["):
-            try:
-                arguments += [flag, *map(str, json.loads(value))]
-                continue
-            except ValueError:
-                _fail(f"{flag}: expected a list such as [1, 2], got {value}")
-        arguments.append(f"{flag}={value}" if equals else flag)
-    try:
-        return tyro.cli(ViTConfig, args=arguments, description=__doc__.split("\n\n")[0])
-    except ConfigError as error:
-        _fail(error)
-
-
-def _fail(message, code=2):
-    print(f"vit.py: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 # ---------------------------------------------------------------------------------------------
 # The backend, chosen before Keras is imported
-
-EXTRAS = {"jax": "jax", "torch": "torch", "tensorflow": "tensorflow"}  # backend -> pip extra
 
 
 def _set_backend_from_env_or_cli(argv):
@@ -216,11 +168,11 @@ def _set_backend_from_env_or_cli(argv):
         flag, equals, value = word.partition("=")
         if flag in ("--keras-backend", "--keras_backend"):
             backend = value if equals else (argv[position + 1 : position + 2] or [""])[0]
-    if backend not in EXTRAS:
-        _fail(f"--keras-backend: expected one of {', '.join(EXTRAS)}, got {backend!r}")
+    if backend not in BACKENDS:
+        fail(f"--keras-backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if importlib.util.find_spec(backend) is None:
-        _fail(
-            f"the {backend} backend is not installed: pip install '.[{EXTRAS[backend]}]', "
+        fail(
+            f"the {backend} backend is not installed: pip install '.[{backend}]', "
             "or choose another with --keras-backend"
         )
     os.environ["KERAS_BACKEND"] = backend
@@ -241,7 +193,7 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
 
     load_dotenv(find_dotenv(usecwd=True))
     _set_backend_from_env_or_cli(sys.argv[1:])
-    CONFIG = parse_config(sys.argv[1:])
+    CONFIG = parse(ViTConfig, sys.argv[1:], __doc__.split("\n\n")[0])
     keep_memory()
 else:  # imported, by another command or a test
     _set_backend_from_env_or_cli([])
@@ -253,7 +205,7 @@ from keras import layers, ops  # noqa: E402
 
 from harness import augment, data, engine, record, telemetry  # noqa: E402
 from harness.dropout import Dropout, MultiHeadAttention  # noqa: E402
-from harness.stopwatch import Diverged, Stopwatch  # noqa: E402
+from harness.stopwatch import Diverged, Progress, Stopwatch  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _import_started
 IMPORT_BYTES = telemetry.host_rss_bytes()
@@ -288,22 +240,34 @@ class RandomUniform(keras.initializers.Initializer):
 
 
 @keras.saving.register_keras_serializable("vit")
-class Resize(layers.Layer):
-    """Resize images (batch, height, width, channels) to squares, bilinearly.
+class Prepare(layers.Layer):
+    """Normalise raw pixels (batch, height, width, channels) and resize to squares, bilinearly.
 
-    Not keras.layers.Resizing: as all of Keras' preprocessing layers it calls itself in training
-    mode by default, and layers after it inherit that: `model(pixels)` would drop units.
+    Not Keras' own layers. Resizing, as all of Keras' preprocessing, calls itself in training mode
+    by default, and layers after it inherit that: `model(pixels)` would drop units. Normalization
+    puts its numbers into the compiled code, which then is another for each choice of images;
+    here they are weights, and a second start finds its code in the cache.
     """
 
-    def __init__(self, size, **kwargs):
+    def __init__(self, size, mean, variance, **kwargs):
         super().__init__(**kwargs)
-        self.size = size
+        self.size, self.statistics = size, {"mean": mean, "variance": variance}
+
+    def build(self, input_shape):
+        for name, values in self.statistics.items():
+            values = np.broadcast_to(values, input_shape[-1:])
+            weight = self.add_weight(shape=values.shape, trainable=False, name=name)
+            weight.assign(values)
+            setattr(self, name, weight)
 
     def call(self, images):
-        return ops.image.resize(images, (self.size, self.size), data_format="channels_last")
+        x = (images - ops.cast(self.mean, images.dtype)) / ops.sqrt(
+            ops.cast(self.variance, images.dtype)
+        )
+        return ops.image.resize(x, (self.size, self.size), data_format="channels_last")
 
     def get_config(self):
-        return {**super().get_config(), "size": self.size}
+        return {**super().get_config(), "size": self.size, **self.statistics}
 
 
 @keras.saving.register_keras_serializable("vit")
@@ -391,8 +355,7 @@ def create_vit_classifier(config, mean=127.5, variance=127.5**2):
     """
     keras.utils.set_random_seed(config.seed)
     pixels = layers.Input(config.input_shape, name="pixels")
-    x = layers.Normalization(mean=mean, variance=variance)(pixels)
-    x = Resize(config.image_size)(x)
+    x = Prepare(config.image_size, mean, variance)(pixels)
     x = Patches(config.patch_size)(x)
     x = encode(x, config)  # (batch, patches, dim)
     x = layers.Flatten()(x)
@@ -465,8 +428,17 @@ class Batches(keras.utils.PyDataset):
         return (self.apply(images, self.draws[rows]) if self.apply else images), labels
 
 
+def is_compiled(config):
+    """Whether this project's compiled steps train; else Keras' own `fit` does."""
+    return config.trainer == "compiled" and config.jit_compile and engine.BACKEND != "tensorflow"
+
+
 def train_plain(model, dataset, config, draw, apply, callbacks):
-    """Train with Keras' own `fit`, whatever it costs: that is what it is here to show."""
+    """Train with Keras' own `fit`, whatever it costs: that is what it is here to show.
+
+    Returns:
+        a function of (images, labels) that evaluates: a dictionary of loss and metrics.
+    """
     validation = (dataset.x_validation, dataset.y_validation)
     batches = Batches(dataset, config, draw, apply)
     start = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: batches.start(epoch))
@@ -479,16 +451,21 @@ def train_plain(model, dataset, config, draw, apply, callbacks):
         shuffle=False,  # Batches brings its own order
         verbose=0,
     )
+    return partial(model.evaluate, batch_size=config.batch_size, verbose=0, return_dict=True)
 
 
 def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
-    """Train with this project's compiled steps; what happens in an epoch is what `fit` does."""
+    """Train with this project's compiled steps; what happens in an epoch is what `fit` does.
+
+    Returns:
+        a function of (images, labels) that evaluates: a dictionary of loss and metrics.
+    """
     steps = len(dataset.x_train) // config.batch_size  # a smaller last batch would compile anew
     per_call = engine.steps_per_call(steps)
     engine.build_state(model, config.batch_size)
     training = engine.compile_train_steps(model, dataset.x_train, dataset.y_train, apply)
     forward = engine.compile_forward(model)
-    progress = Progress(config, steps)
+    progress = Progress(config.num_epochs, steps, is_shown=config.verbose)
     callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
     callbacks.on_train_begin()
     for epoch in range(config.num_epochs):
@@ -521,29 +498,6 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
             break
     callbacks.on_train_end()
     return lambda images, labels: engine.evaluate(model, forward, images, labels, config.batch_size)
-
-
-class Progress:
-    """Counts an epoch's steps in a terminal's line, and checks that the loss is a number."""
-
-    def __init__(self, config, steps):
-        self.config, self.steps = config, steps
-        self.is_shown = config.verbose and sys.stderr.isatty()
-
-    def show(self, epoch, step, losses):
-        """losses: the running mean of the loss up to `step`, (steps of a call,), or None yet."""
-        state = "compiling ..." if epoch == 0 else ""
-        if losses is not None:
-            losses = [float(loss) for loss in losses]
-            bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-            if bad is not None:
-                step += bad + 1 - len(losses)
-                raise Diverged(f"loss {losses[bad]} in epoch {epoch + 1}, step {step}")
-            state = f"loss {losses[-1]:.3f}"
-        if self.is_shown:
-            line = f"epoch {epoch + 1}/{self.config.num_epochs}  step {step}/{self.steps}  {state}"
-            end = "\033[K\r" if step < self.steps else "\r\033[K"
-            print(line, end=end, file=sys.stderr, flush=True)
 
 
 def run_experiment(config, dataset, report, run=None):
@@ -579,7 +533,6 @@ def run_experiment(config, dataset, report, run=None):
     report["model"]["parameters"] = sum(math.prod(v.shape) for v in model.trainable_variables)
     report["model"]["flops_per_image"] = engine.count_flops(model)
 
-    is_plain = config.trainer == "fit" or not config.jit_compile or engine.BACKEND == "tensorflow"
     stopwatch = Stopwatch(
         epochs=config.num_epochs,
         images_per_epoch=len(dataset.x_train) // config.batch_size * config.batch_size,
@@ -605,15 +558,10 @@ def run_experiment(config, dataset, report, run=None):
     if run is not None:
         callbacks.append(CustomWandbCallback(run))
     try:
-        if is_plain:
-            train_plain(model, dataset, config, draw, apply, callbacks)
-
-            def evaluate(images, labels):
-                return model.evaluate(
-                    images, labels, batch_size=config.batch_size, verbose=0, return_dict=True
-                )
-        else:
+        if is_compiled(config):
             evaluate = train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch)
+        else:
+            evaluate = train_plain(model, dataset, config, draw, apply, callbacks)
     finally:
         figures, energy, reasons = stopwatch.measure(PROCESS_STARTED)
         timing |= figures
@@ -734,7 +682,7 @@ def log_wandb(run, values, summary=None):
 def start_wandb(config):
     """Open a W&B run: online with a key, else offline with a line of advice, never a prompt."""
     if importlib.util.find_spec("wandb") is None:
-        _fail("wandb is not installed: pip install wandb, or run with --no-use-wandb")
+        fail("wandb is not installed: pip install wandb, or run with --no-use-wandb")
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
@@ -804,12 +752,18 @@ def main(config):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
-    check_writable(config)
+    check_writable(results_path=config.results_path, checkpoint_path=config.checkpoint_path)
+    if engine.BACKEND == "torch" and is_compiled(config):
+        compiler = os.environ.get("CXX") or "g++"
+        if shutil.which(compiler) is None:
+            fail(
+                f"PyTorch compiles with {compiler}, which is not here: install it, or --trainer fit"
+            )
     machine = telemetry.describe_machine()  # before the backend touches the GPU
     try:
         precision = engine.set_precision(config.precision)
     except ValueError as error:
-        _fail(error)
+        fail(error)
     run = start_wandb(config) if config.use_wandb else None
     report = create_report(config, precision, machine)
     cached = count_compiled(config)
@@ -877,20 +831,6 @@ def main(config):
     return code
 
 
-def check_writable(config):
-    """End the process at once, not after hours of training, where results could not be kept."""
-    for name in ("results_path", "checkpoint_path"):
-        path = getattr(config, name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not path.exists()
-            path.open("ab").close()
-            if is_new:
-                path.unlink()
-        except OSError as error:
-            _fail(f"{_flag(name)}: expected a file that can be written, got {path}: {error}")
-
-
 def describe_run(config, dataset):
     """What is about to be trained, in a line."""
     return (
@@ -904,7 +844,7 @@ def count_compiled(config):
     """How many files the persistent compilation cache holds: a cold start adds some. None are
     there for TensorFlow, which keeps none, and for PyTorch's plain `fit`, which is eager."""
     folder = {"jax": "JAX_COMPILATION_CACHE_DIR"}
-    if config.trainer == "compiled" and config.jit_compile:
+    if is_compiled(config):
         folder["torch"] = "TORCHINDUCTOR_CACHE_DIR"
     folder = os.environ.get(folder.get(keras.backend.backend(), ""))
     return sum(len(files) for _, _, files in os.walk(folder)) if folder else 0

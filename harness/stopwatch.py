@@ -1,7 +1,8 @@
-"""How long a training run's epochs take and what energy they need, as a Keras callback."""
+"""How far a training run is, how long its epochs take, and what energy they need."""
 
 import math
 import statistics
+import sys
 import time
 
 import keras
@@ -125,3 +126,25 @@ class Stopwatch(keras.callbacks.Callback):
             "window_seconds": sum(window["window_seconds"] for window in windows),
         }
         return timing, energy, notes
+
+
+class Progress:
+    """Counts an epoch's steps in a terminal's line, and checks that the loss is a number."""
+
+    def __init__(self, epochs, steps, is_shown):
+        self.epochs, self.steps, self.is_shown = epochs, steps, is_shown and sys.stderr.isatty()
+
+    def show(self, epoch, step, losses):
+        """losses: the running mean of the loss up to `step`, (steps of a call,), or None yet."""
+        state = "compiling ..." if epoch == 0 else ""
+        if losses is not None:
+            losses = [float(loss) for loss in losses]
+            bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+            if bad is not None:
+                step += bad + 1 - len(losses)
+                raise Diverged(f"loss {losses[bad]} in epoch {epoch + 1}, step {step}")
+            state = f"loss {losses[-1]:.3f}"
+        if self.is_shown:
+            line = f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {state}"
+            end = "\033[K\r" if step < self.steps else "\r\033[K"
+            print(line, end=end, file=sys.stderr, flush=True)

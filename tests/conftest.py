@@ -25,6 +25,9 @@ def child_environment(folder, **changes):
     environment |= {"NETRC": str(folder / "no-netrc"), "WANDB_SILENT": "true"}
     # Small models gain nothing from threads, and two at once would wait for each other.
     environment |= {"OMP_NUM_THREADS": "1"}
+    # Warnings from this project's own code are errors in its children, too.
+    parts = [f"harness.{path.stem}" for path in (ROOT / "harness").glob("*.py")]
+    environment["PYTHONWARNINGS"] = ",".join(f"error:::{name}" for name in ("vit", *parts))
     return environment | {"PYTHONPATH": str(ROOT)} | changes
 
 

@@ -112,11 +112,15 @@ def test_spellings_of_flags():
     import vit
 
     words = "--num_epochs 3 --batch-size=8 --use_wandb=False --augment True --mlp-head-units=[8,4]"
-    config = vit.parse_config([*words.split(), "--wandb-tags", '["a", "b"]', "--jit_compile=true"])
+
+    def parse(*words):
+        return vit.parse(vit.ViTConfig, words, "")
+
+    config = parse(*words.split(), "--wandb-tags", '["a", "b"]', "--jit_compile=true")
     assert (config.num_epochs, config.batch_size, config.mlp_head_units) == (3, 8, (8, 4))
     assert (config.use_wandb, config.augment, config.jit_compile) == (False, True, True)
     assert config.wandb_tags == ("a", "b")
-    assert vit.parse_config(["--wandb-tags", "a", "b"]).wandb_tags == ("a", "b")
+    assert parse("--wandb-tags", "a", "b").wandb_tags == ("a", "b")
 
 
 def test_defaults(monkeypatch):
@@ -233,6 +237,15 @@ def test_the_same_seed_gives_the_same_losses(tmp_path, trainer):
     assert found[0] == found[1] != found[2]
 
 
+def test_a_second_start_is_warm(tmp_path):
+    """Also with another seed, that is with other images and another normalisation."""
+    found = []
+    for seed in (1, 2):
+        run_vit(tmp_path, *SMALL, f"--seed={seed}", XDG_CACHE_HOME=str(tmp_path / "cache"))
+        found.append(read_last_record(tmp_path)["timing"]["compile_cache"])
+    assert found == ["cold", "warm"]
+
+
 def test_quiet(tmp_path):
     done = run_vit(tmp_path, *SMALL, "--no-verbose", "--trainer=fit")
     assert (done.returncode, done.stdout) == (0, "")
@@ -328,6 +341,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path):
     for flag in ("--results-path=file/r.jsonl", "--checkpoint-path=file/b.weights.h5"):
         done = run_vit(tmp_path, *SMALL, flag)
         assert done.returncode == 2 and "expected a file that can be written" in only_line(done)
+
+
+def test_no_compiler_is_told_before_training(tmp_path):
+    done = run_vit(tmp_path, *SMALL, backend="torch", PATH=str(tmp_path), CXX="")
+    assert done.returncode == 2 and "--trainer fit" in only_line(done)
 
 
 def test_a_full_disk_at_the_end_is_told(tmp_path):
