@@ -35,7 +35,7 @@ class Dropout(layers.Dropout):
         state = ops.cast(self.seed_generator.next(), "int32")  # (the layer's seed, calls so far)
         first_key = hash_bits(state[0] + hash_bits(state[1]))
         second_key = hash_bits(first_key + 1)
-        shape = inputs.shape
+        shape = ops.shape(inputs)  # on TensorFlow the batch may be unknown
         number = ops.reshape(ops.arange(math.prod(shape), dtype="int32"), shape)
         bits = ops.bitwise_and(hash_bits(number + first_key, second_key), 0x7FFFFFFF)
         keep = bits >= round(self.rate * 2**31)

@@ -85,7 +85,7 @@ def synchronize():
     elif BACKEND == "torch" and torch.cuda.is_available():
         torch.cuda.synchronize()
     elif BACKEND == "tensorflow":
-        tf.experimental.sync_devices()
+        tf.test.experimental.sync_devices()
 
 
 def device_peak_bytes():

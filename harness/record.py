@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 import uuid
 from contextlib import suppress
@@ -134,15 +135,15 @@ def summarize(record):
     def show(label, group, name, form):
         value = record[group][name]
         missing = f"not measured: {reason_for(record, f'{group}.{name}')}"
-        lines.append(f"  {label:<14} {missing if value is None else form(value)}"[:160])
+        missing = textwrap.shorten(missing, 62, placeholder=" ...")  # the record has it all
+        lines.append(f"  {label:<14} {missing if value is None else form(value)}")
 
     def seconds(name):
         return "?" if timing[name] is None else f"{timing[name]:.1f} s"
 
     def test(accuracy):
-        top5 = f"top-5 {100 * quality['test_top5_accuracy']:.2f} %"
-        weights = f"weights of epoch {quality['best_epoch']}, {quality['dataset']}"
-        return f"{100 * accuracy:.2f} %, {top5} ({weights})"
+        top5, epoch = quality["test_top5_accuracy"], quality["best_epoch"]
+        return f"{accuracy:.2%}, top-5 {top5:.2%} (epoch {epoch}: {quality['dataset']})"
 
     def speed(rate):
         return f"{rate:,.1f} images/s, {quality['train_images'] / rate:.1f} s an epoch"
@@ -150,7 +151,8 @@ def summarize(record):
     def compilation(value):
         names = ("import", "data", "build")
         before = ", ".join(f"{name} {seconds(f'{name}_seconds')}" for name in names)
-        return f"compile {value:.1f} s ({timing['compile_cache']} cache), {before}"
+        cache = f" ({timing['compile_cache']} cache)" if timing["compile_cache"] else ""
+        return f"compile {value:.1f} s{cache}, {before}"
 
     def energy(joules):
         return f"{1e3 * joules:.1f} mJ an image ({record['energy']['source']})"

@@ -97,6 +97,8 @@ class Stopwatch(keras.callbacks.Callback):
         steady, first = self.steady_seconds(), self.first_step_seconds
         timing = {"epoch_seconds": self.epoch_seconds}
         timing |= {"validation_seconds": self.validation_seconds}
+        if not self.epoch_seconds:
+            return timing, {}, []
         if steady is None:
             advice = "the only epoch compiled; train 2 epochs or more"
             names = ("train_images_per_second", "compile_seconds", "start_seconds")

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -364,10 +365,10 @@ def read_versions(backend):
     libraries = BACKENDS.get(backend.removeprefix("native-"), ())
     versions, reasons = {"python": platform.python_version()}, {}
     for name in ("keras", *libraries, "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name], reasons[name] = None, f"{name} is not installed"
+        versions[name], reasons[name] = None, f"{name} is not installed"
+        for package in (f"{name}-cpu", name):  # TensorFlow without CUDA is a package of its own
+            with suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(package)
     nvml, _, reason = _open_gpu()
     driver, unknown = _ask(DRIVER_FIELDS, nvml, reason)
     versions |= driver
