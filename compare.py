@@ -909,8 +909,9 @@ def report_on(paths, config, console, comparison=""):
     report = create_report(found, config, [line for _, lines in loaded for line in lines])
     if config.report:
         write_report(report, config.report)
-        console.print(f"wrote {config.report / 'report.html'}, .md, .csv, .svg, .png")
     print_report(report, console)
+    if config.report:
+        console.print(f"report: {config.report / 'report.html'}, .md, .csv, .svg, .png")
     return report
 
 
