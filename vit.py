@@ -542,7 +542,7 @@ def run_experiment(config, dataset, report, run=None):
         report=partial(print, flush=True) if config.verbose else lambda line: None,
     )
     history = keras.callbacks.History()
-    callbacks = [stopwatch, history]
+    callbacks = [history, stopwatch]  # in this order: an epoch that was shown is in the record
     has_validation = len(dataset.x_validation) > 0
     if has_validation:
         config.checkpoint_path.unlink(missing_ok=True)  # another run's best is not this one's
