@@ -1,0 +1,207 @@
+"""The hand-written peers do the same work as vit.py: model, pictures, training, figures, record."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import BACKENDS, ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+
+NO_DROPOUT = ("--dropout=0", "--attention-dropout=0", "--head-dropout=0")
+# Ten classes, a small model and its full dropout: 2 s of training, to about 60 % of the test set.
+LEARNING = (
+    *("--dataset=synthetic", "--num-classes=10", "--train-images=2000", "--test-images=1000"),
+    *("--num-epochs=10", "--batch-size=50", "--image-size=32", "--patch-size=8"),
+    *("--projection-dim=32", "--num-heads=2", "--transformer-layers=2", "--mlp-head-units=64"),
+    *("--head-dropout=0.2", "--learning-rate=0.003"),
+)
+COMPARE = """
+import json
+import keras
+import numpy as np
+import vit
+from harness import augment, engine
+from peers import common
+from peers import native_{backend} as native
+
+engine.set_precision("float32")
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (5, 32, 32, 3)).astype("uint8")
+
+
+def compare(flags):
+    config = vit.parse(vit.ViTConfig, [*flags, "--no-use-wandb"], "")
+    statistics, draw, apply = vit.create_data_augmentation(config, images)
+    model = vit.create_vit_classifier(config, **statistics)
+    peer = native.Peer(common.parse_config(flags, ""))
+    mean, variance = common.measure_pixels(images)
+    peer.build(mean, variance)
+    initial = [keras.ops.convert_to_numpy(v) for v in model.trainable_variables]
+    pairs = zip(initial, common.draw_weights(peer.config), strict=True)
+    facts = {{"same_start": all(np.array_equal(a, b) for a, b in pairs)}}
+    facts["same_mean"] = bool(np.allclose(statistics["mean"], mean, rtol=1e-9))
+    facts["same_variance"] = bool(np.allclose(statistics["variance"], variance, rtol=1e-9))
+    weights = [w + rng.normal(0, 0.05, w.shape).astype("float32") for w in initial]
+    for variable, weight in zip(model.trainable_variables, weights):
+        variable.assign(weight)
+    peer.load_keras_weights(weights)
+    logits = keras.ops.convert_to_numpy(model(images.astype("float32"), training=False))
+    facts["logits"] = float(abs(peer.predict(images) - logits).max() / abs(logits).max())
+    facts["parameters"] = [peer.count_parameters(), sum(w.size for w in weights)]
+    facts["flops"] = [peer.count_flops(), engine.count_flops(model)]
+    return facts
+
+
+facts = {{"default": compare([]), "small": compare({small!r})}}
+maps = augment.draw_affine(5, 0, 0)
+expected = augment.apply_affine(*map(keras.ops.convert_to_tensor, (images, maps)))
+expected = keras.ops.convert_to_numpy(expected)
+if "{backend}" == "torch":
+    import torch
+
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    pictures = native.resample(pixels, torch.from_numpy(maps)).permute(0, 2, 3, 1).numpy()
+else:
+    pictures = np.array(native.resample(images, maps))
+facts["augmentation"] = float(abs(pictures - expected).max())
+print(json.dumps(facts))
+"""
+
+
+def start_peer(folder, backend, *flags, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"peers/native_{backend}.py"), *flags],
+        cwd=folder,
+        env=child_environment(folder, **environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_peer(folder, backend, *flags, **environment):
+    """(exit code, stdout, stderr) of a run in `folder`."""
+    child = start_peer(folder, backend, *flags, **environment)
+    stdout, stderr = child.communicate()
+    return child.returncode, stdout, stderr
+
+
+# ---- the same model and pictures ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def facts(backend, tmp_path_factory):
+    small = [flag for flag in SMALL if not flag.startswith("--dataset")] + ["--head-dim=24"]
+    code = COMPARE.format(backend=backend, small=small)
+    return run_code(tmp_path_factory.mktemp("facts"), backend, code)
+
+
+@pytest.mark.parametrize("size", ["default", "small"])
+def test_equal_weights_give_equal_logits(facts, size):
+    assert facts[size]["logits"] < 1e-4
+
+
+@pytest.mark.parametrize("size", ["default", "small"])
+def test_the_model_is_as_large_and_costs_as_much(facts, size):
+    ours, theirs = facts[size]["parameters"]
+    assert ours == theirs
+    assert facts[size]["flops"][0] == facts[size]["flops"][1]
+    assert size == "small" or ours == 21_759_012
+
+
+@pytest.mark.parametrize("size", ["default", "small"])
+def test_training_starts_from_the_same_numbers(facts, size):
+    assert facts[size]["same_start"] and facts[size]["same_mean"] and facts[size]["same_variance"]
+
+
+def test_augmentation_gives_the_same_pictures(facts):
+    assert facts["augmentation"] < 1e-3 * 255
+
+
+# ---- the same run ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def records(backend, tmp_path_factory):
+    """Records of vit.py and of the peer for the same flags, nothing dropped."""
+    flags = (*SMALL, "--num_epochs=3", *NO_DROPOUT, "--node-name=here", "--precision=tf32")
+    folders = [tmp_path_factory.mktemp(name) for name in ("vit", "peer")]
+    done = run_vit(folders[0], *flags, backend=backend)
+    assert done.returncode == 0, done.stderr
+    code, output, errors = run_peer(folders[1], backend, *flags, VIT_RECORD_ID="mine")
+    assert code == 0, errors
+    assert output.count("images/s") == 4 and "test accuracy" in output  # 3 epochs and the summary
+    return [read_last_record(folder) for folder in folders]  # which passes check_record
+
+
+def test_a_record_has_the_same_fields(backend, records):
+    theirs, ours = records
+    assert (ours["id"], ours["backend"], ours["status"]) == ("mine", f"native-{backend}", "ok")
+    for group in ("device", "model", "timing", "memory", "energy", "quality"):
+        assert set(ours[group]) == set(theirs[group]), group
+    assert ours["config"] == {name: theirs["config"][name] for name in ours["config"]}
+    assert ours["precision"] == theirs["precision"]
+    assert ours["model"] == theirs["model"]
+    assert len(ours["timing"]["epoch_seconds"]) == len(ours["timing"]["validation_seconds"]) == 3
+
+
+def test_the_pictures_are_the_same(records):
+    theirs, ours = (record["quality"] for record in records)
+    names = ("dataset", "data_fingerprint", "train_images", "validation_images", "test_images")
+    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+def test_training_takes_the_same_course(records):
+    """Without dropout nothing is random: start, order, maps and arithmetic must all agree."""
+    theirs, ours = (record["quality"] for record in records)
+    for name in ("loss", "val_loss"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+    assert ours["test_top5_accuracy"] == pytest.approx(theirs["test_top5_accuracy"], abs=0.03)
+
+
+# ---- the same ways to end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--num-epochs=many"], "--num-epochs"),
+        (["--image-size=70"], "--image-size: expected a multiple of 6, got 70"),
+        (["--batch-size=0"], "--batch-size: expected above 0, got 0"),
+        (["--train-images=100"], "--batch-size: expected at most the 90 images"),
+        (["--precision=float16"], "--precision"),
+    ],
+)
+def test_a_bad_flag_is_one_line(tmp_path, backend, flags, told):
+    library = tmp_path / f"{backend}.py"  # found before the real one, which is not needed for this
+    library.write_text(f"raise SystemExit('{backend} was imported')")
+    code, _, errors = run_peer(tmp_path, backend, *flags, PYTHONPATH=str(tmp_path))
+    assert code == 2 and len(errors.splitlines()) == 1 and told in errors
+    assert errors.startswith(f"native_{backend}.py: error: ")
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_help_names_the_flags(backend, tmp_path):
+    code, output, _ = run_peer(tmp_path, backend, "--help")
+    assert code == 0 and "--transformer-layers" in output and "--no-augment" in output
+
+
+def test_a_diverged_run_leaves_a_record(backend, tmp_path):
+    flags = (*SMALL, "--learning_rate=1e30", "--use_wandb=True", "--no-augment", "--no-verbose")
+    code, output, errors = run_peer(tmp_path, backend, *flags)
+    assert code == 4 and output == "" and "lower --learning-rate" in errors
+    assert read_last_record(tmp_path)["status"] == "diverged"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_a_record(backend, tmp_path, number, code):
+    child = start_peer(tmp_path, backend, *SMALL, "--num-epochs=10000", "--validation-split=0")
+    line = next(line for line in child.stdout if line.startswith("epoch 2/"))
+    assert "images/s" in line
+    child.send_signal(number)
+    child.communicate()
+    assert child.returncode == code
+    record = read_last_record(tmp_path)
+    assert record["status"] == "interrupted" and len(record["timing"]["epoch_seconds"]) >= 2
