@@ -811,10 +811,11 @@ def main(config):
             status, error, code = "error", first_line, 1
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # from here on the record comes first
-    if count_compiled(config) == 0:
+    cached_now = count_compiled(config)
+    if cached_now == 0:
         report["notes"].append("timing.compile_cache: nothing was compiled for later runs")
     else:
-        report["timing"]["compile_cache"] = "warm" if count_compiled(config) == cached else "cold"
+        report["timing"]["compile_cache"] = "warm" if cached_now == cached else "cold"
     finish_report(report, machine, status, error)
     if status != "ok":
         print(f"vit.py: {status}: {error}", file=sys.stderr)
