@@ -27,21 +27,18 @@ import netrc
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from harness.cli import ConfigError, check_writable, fail, name_flag, parse
+from harness import environment
+from harness.cli import ConfigError, check_config, check_writable, fail, parse
 
 PROCESS_STARTED = time.perf_counter()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
-EXIT_CODES = {"ok": 0, "error": 1, "oom": 3, "diverged": 4}
-NO_DATA, NOT_WRITTEN, INTERRUPTED, TERMINATED = 5, 6, 130, 143
 
 # ---------------------------------------------------------------------------------------------
 # Configuration: one field a line, the trailing comment is its help
@@ -101,57 +98,16 @@ class ViTConfig:
             2 * self.projection_dim,
             self.projection_dim,
         )
-        for name, accepts, expected in (
-            *((name, lambda v: v > 0, "above 0") for name in POSITIVE),
-            *((name, lambda v: 0 <= v < 1, "at least 0 and below 1") for name in SHARES),
-            ("learning_rate", lambda v: 0 < v < math.inf, "above 0"),
-            ("weight_decay", lambda v: 0 <= v < math.inf, "at least 0"),
-            ("seed", lambda v: 0 <= v < 2**31, "0 to 2147483647"),
-            ("num_classes", lambda v: 2 <= v <= 100, "2 to 100"),
-            ("input_shape", lambda v: tuple(v) == (32, 32, 3), "32 32 3, as the data sets have it"),
-            ("mlp_head_units", lambda v: all(n > 0 for n in v), "widths above 0"),
-            ("transformer_units", lambda v: all(n > 0 for n in v), "widths above 0"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not accepts(value):
-                raise ConfigError(f"{name_flag(name)}: expected {expected}, got {value}")
-        if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"--image-size: expected a multiple of --patch-size {self.patch_size}, "
-                f"got {self.image_size}"
-            )
-        if self.transformer_units[-1] != self.projection_dim:
-            raise ConfigError(
-                "--transformer-units: expected the last to be --projection-dim "
-                f"{self.projection_dim} (it is added to the input), got {self.transformer_units}"
-            )
+        check_config(self)
         if not str(self.checkpoint_path).endswith(".weights.h5"):
             raise ConfigError(
                 "--checkpoint-path: expected a name ending in .weights.h5, "
                 f"got {self.checkpoint_path}"
             )
-        for name, available in (("train_images", 50_000), ("test_images", 10_000)):
-            asked = getattr(self, name)
-            if self.dataset == "cifar100" and asked and asked > available:
-                raise ConfigError(f"{name_flag(name)}: expected at most {available}, got {asked}")
-        images = self.train_images or 50_000
-        images -= round(images * self.validation_split)
-        if self.batch_size > images:
-            raise ConfigError(
-                f"--batch-size: expected at most the {images} images that are left to train on, "
-                f"got {self.batch_size}"
-            )
 
     @property
     def num_patches(self):
         return (self.image_size // self.patch_size) ** 2
-
-
-POSITIVE = (
-    *("train_images", "test_images", "image_size", "patch_size", "projection_dim", "num_heads"),
-    *("head_dim", "transformer_layers", "batch_size", "num_epochs"),
-)
-SHARES = ("validation_split", "dropout", "attention_dropout", "head_dropout")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,25 +132,16 @@ def _set_backend_from_env_or_cli(argv):
             "or choose another with --keras-backend"
         )
     os.environ["KERAS_BACKEND"] = backend
-    # Compiled code outlives the process, so that a second start need not compile again.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keras-vit"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    # JAX would take 75 % of the GPU at once, which hides what a run needs.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    environment.set_variables()
 
 
 if __name__ == "__main__":  # --help and bad values end here, before the slow imports
     from dotenv import find_dotenv, load_dotenv
 
-    from harness.malloc import keep_memory
-
     load_dotenv(find_dotenv(usecwd=True))
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse(ViTConfig, sys.argv[1:], __doc__.split("\n\n")[0])
-    keep_memory()
+    environment.keep_memory()
 else:  # imported, by another command or a test
     _set_backend_from_env_or_cli([])
 
@@ -203,9 +150,9 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
-from harness import augment, data, engine, record, telemetry  # noqa: E402
+from harness import augment, data, ending, engine, record, telemetry  # noqa: E402
 from harness.dropout import Dropout, MultiHeadAttention  # noqa: E402
-from harness.stopwatch import Diverged, Progress, Stopwatch  # noqa: E402
+from harness.stopwatch import Progress, Stopwatch  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _import_started
 IMPORT_BYTES = telemetry.host_rss_bytes()
@@ -381,12 +328,8 @@ def create_data_augmentation(config, x_train):
         pictures flipped, rotated by up to 0.02 turns and zoomed by up to 0.2, on the device and
         outside the differentiated model. draw and apply are None with --no-augment.
     """
-    pixels = x_train.reshape(-1, x_train.shape[-1])
-    mean, square = 0, 0
-    for chunk in np.array_split(pixels, len(x_train) // 1000 + 1):  # in float64 sums are exact
-        mean = mean + chunk.sum(axis=0, dtype="float64") / len(pixels)
-        square = square + (chunk.astype("float64") ** 2).sum(axis=0) / len(pixels)
-    statistics = {"mean": mean.tolist(), "variance": (square - mean**2).tolist()}
+    mean, variance = data.measure_pixels(x_train)
+    statistics = {"mean": mean.tolist(), "variance": variance.tolist()}
     if not config.augment:
         return statistics, None, None
 
@@ -398,10 +341,6 @@ def create_data_augmentation(config, x_train):
 
 # ---------------------------------------------------------------------------------------------
 # Training
-
-
-class Terminated(BaseException):
-    """SIGTERM; like KeyboardInterrupt no Exception, so that nothing swallows it."""
 
 
 class Batches(keras.utils.PyDataset):
@@ -480,7 +419,7 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
             rows = slice(first, first + per_call)
             losses = training.run(order[rows], None if draws is None else draws[rows])
             if epoch == first == 0:
-                stopwatch.on_first_step()
+                stopwatch.end_first_step()
             # The previous call's losses: reading this call's would leave the device idle.
             progress.show(epoch, first, running)
             running = losses
@@ -511,12 +450,9 @@ def run_experiment(config, dataset, report, run=None):
         the trained model, with the weights that were tested.
 
     Raises:
-        Diverged; whatever the backend raises, its own out-of-memory errors included.
+        stopwatch.Diverged; whatever the backend raises, its out-of-memory errors included.
     """
     timing, quality, notes = report["timing"], report["quality"], report["notes"]
-    if report["precision"] != config.precision:
-        notes.append(f"precision: {config.precision} asked, but a CPU has only float32 for it")
-
     started = time.perf_counter()
     statistics, draw, apply = create_data_augmentation(config, dataset.x_train)
     model = create_vit_classifier(config, **statistics)
@@ -542,7 +478,13 @@ def run_experiment(config, dataset, report, run=None):
         report=partial(print, flush=True) if config.verbose else lambda line: None,
     )
     history = keras.callbacks.History()
-    callbacks = [history, stopwatch]  # in this order: an epoch that was shown is in the record
+    # Batch hooks are left alone: overriding them would make Keras wait for every step.
+    clock = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: stopwatch.begin_epoch(),
+        on_test_begin=lambda logs: stopwatch.end_training(),
+        on_epoch_end=stopwatch.end_epoch,
+    )
+    callbacks = [history, clock]  # in this order: an epoch that was shown is in the record
     has_validation = len(dataset.x_validation) > 0
     if has_validation:
         config.checkpoint_path.unlink(missing_ok=True)  # another run's best is not this one's
@@ -588,71 +530,6 @@ def run_experiment(config, dataset, report, run=None):
 def record_name(metric):
     """A metric's name in a record: W&B and Keras' log say top-5-accuracy, a key says top5."""
     return metric.replace("top-5-accuracy", "top5_accuracy")
-
-
-# ---------------------------------------------------------------------------------------------
-# What was measured
-
-MEASURED = {  # the record's groups and what a training run may find out for each
-    "model": ("parameters", "flops_per_image"),
-    "timing": (
-        *("import_seconds", "data_seconds", "build_seconds", "start_seconds", "compile_seconds"),
-        *("compile_cache", "epoch_seconds", "validation_seconds", "train_images_per_second"),
-        *("evaluation_seconds", "total_seconds"),
-    ),
-    "memory": (
-        *("device_peak_bytes", "device_peak_source", "host_peak_bytes", "host_import_bytes"),
-    ),
-    "energy": ("joules", "joules_per_image", "source", "window_seconds"),
-    "quality": (
-        *("dataset", "data_fingerprint", "train_images", "validation_images", "test_images"),
-        *("loss", "accuracy", "top5_accuracy", "val_loss", "val_accuracy", "val_top5_accuracy"),
-        *("test_accuracy", "test_top5_accuracy", "best_epoch"),
-    ),
-}
-
-
-def create_report(config, precision, machine):
-    """A record with all that is known before the run; every figure is still null."""
-    backend = keras.backend.backend()
-    device = {key: machine[key] for key in machine if key != "notes"}
-    device |= {"kind": "gpu" if engine.on_gpu() else "cpu", "node_name": config.node_name}
-    device["name"] = engine.gpu_name() or device["cpu_name"]
-    versions, git = telemetry.read_versions(backend), telemetry.read_git(Path(__file__).parent)
-    report = record.create_record(
-        "train",
-        argv=sys.argv,
-        config=dataclasses.asdict(config),
-        backend=backend,
-        precision=precision,
-        device=device,
-        versions=versions,
-        git=git,
-        notes=[*machine["notes"], *versions.pop("notes"), *git.pop("notes")],
-        **{group: dict.fromkeys(names) for group, names in MEASURED.items()},
-    )
-    if os.environ.get("VIT_RECORD_ID"):  # a comparison names its runs
-        report["id"] = os.environ["VIT_RECORD_ID"]
-    report["timing"]["import_seconds"] = IMPORT_SECONDS
-    report["memory"]["host_import_bytes"] = IMPORT_BYTES
-    return report
-
-
-def finish_report(report, machine, status, error=None):
-    """The last figures, and a reason for each that is missing."""
-    report["status"], report["error"] = status, error
-    notes, memory = report["notes"], report["memory"]
-    memory["host_peak_bytes"] = telemetry.host_peak_bytes()
-    memory["device_peak_bytes"], told = engine.device_peak_bytes()
-    if memory["device_peak_bytes"] is None:
-        notes += [f"memory.device_peak_bytes: {told}", f"memory.device_peak_source: {told}"]
-    else:
-        memory["device_peak_source"] = told
-    report["timing"]["total_seconds"] = time.perf_counter() - PROCESS_STARTED
-    notes += telemetry.compare_conditions(machine, telemetry.read_conditions())
-    if status != "ok":
-        groups = dict.fromkeys(name.split(".")[0] for name in record.find_unexplained(report))
-        notes += [f"{group}: the run ended ({status}) before it was measured" for group in groups]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -719,7 +596,7 @@ def has_wandb_key():
         return False
 
 
-def finish_wandb(run, report):
+def finish_wandb(run, report, exit_code):
     """Log the test results and figures under their names on the dashboard, and close the run."""
     timing, memory, quality = report["timing"], report["memory"], report["quality"]
     results = {
@@ -736,7 +613,7 @@ def finish_wandb(run, report):
     final = {f"final_{n}": results[n] for n in results if n.startswith("test_")}
     log_wandb(run, results, {**final, "status": report["status"]})
     try:
-        run.finish(exit_code=EXIT_CODES.get(report["status"], 1))
+        run.finish(exit_code=exit_code)
     except Exception as error:
         print(f"warning: W&B did not close: {error}", file=sys.stderr)
 
@@ -747,11 +624,6 @@ def finish_wandb(run, report):
 
 def main(config):
     """One run from configuration to record. Returns the exit code."""
-
-    def terminate(signum, frame):
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
     check_writable(results_path=config.results_path, checkpoint_path=config.checkpoint_path)
     if engine.BACKEND == "torch" and is_compiled(config):
         compiler = os.environ.get("CXX") or "g++"
@@ -765,90 +637,56 @@ def main(config):
     except ValueError as error:
         fail(error)
     run = start_wandb(config) if config.use_wandb else None
-    report = create_report(config, precision, machine)
-    cached = count_compiled(config)
-    try:
-        started = time.perf_counter()
-        dataset = data.load_dataset(
-            config.dataset,
-            num_classes=config.num_classes,
-            train_images=config.train_images,
-            test_images=config.test_images,
-            validation_split=config.validation_split,
-            seed=config.seed,
-        )
-        report["timing"]["data_seconds"] = time.perf_counter() - started
-        report["quality"] |= {
-            "dataset": dataset.label,
-            "data_fingerprint": dataset.fingerprint,
-            "train_images": len(dataset.x_train),
-            "validation_images": len(dataset.x_validation),
-            "test_images": len(dataset.x_test),
-        }
-        if config.verbose:
-            print(describe_run(config, dataset), flush=True)
-        run_experiment(config, dataset, report, run)
-        status, error, code = "ok", None, 0
-    except data.DataError as problem:
-        status, error, code = "error", str(problem), NO_DATA
-    except Diverged as problem:
-        status, error, code = (
-            "diverged",
-            f"{problem}: lower --learning-rate",
-            EXIT_CODES["diverged"],
-        )
-    except KeyboardInterrupt:
-        status, error, code = "interrupted", "Ctrl-C", INTERRUPTED
-    except Terminated:
-        status, error, code = "interrupted", "SIGTERM", TERMINATED
-    except Exception as problem:
-        first_line = f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:300]
-        if engine.is_out_of_memory(problem):
-            error = f"out of memory: lower --batch-size {config.batch_size} ({first_line})"
-            status, code = "oom", EXIT_CODES["oom"]
-        else:
-            traceback.print_exc()
-            status, error, code = "error", first_line, 1
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # from here on the record comes first
-    cached_now = count_compiled(config)
-    if cached_now == 0:
-        report["notes"].append("timing.compile_cache: nothing was compiled for later runs")
-    else:
-        report["timing"]["compile_cache"] = "warm" if cached_now == cached else "cold"
-    finish_report(report, machine, status, error)
-    if status != "ok":
-        print(f"vit.py: {status}: {error}", file=sys.stderr)
-    try:
-        record.append_record(config.results_path, report)
-        written = f"  {'record':<14} {config.results_path}"
-    except OSError as problem:
-        print(f"vit.py: the record could not be written: {problem}", file=sys.stderr)
-        written, code = f"  {'record':<14} not written: {problem}", code or NOT_WRITTEN
-    if config.verbose:
-        print(f"{record.summarize(report)}\n{written}", flush=True)
-    if run is not None:
-        finish_wandb(run, report)
-    return code
-
-
-def describe_run(config, dataset):
-    """What is about to be trained, in a line."""
-    return (
-        f"{keras.backend.backend()} on {engine.gpu_name() or 'the CPU'}: {dataset.label}, "
-        f"{len(dataset.x_train):,} images to train on, {len(dataset.x_validation):,} to validate, "
-        f"{len(dataset.x_test):,} to test"
+    report = record.begin_record(
+        "train",
+        config=dataclasses.asdict(config),
+        backend=keras.backend.backend(),
+        precision=precision,
+        machine=machine,
+        gpu_name=engine.gpu_name(),
+        versions=telemetry.read_versions(keras.backend.backend()),
+        git=telemetry.read_git(Path(__file__).parent),
     )
+    report["timing"]["import_seconds"] = IMPORT_SECONDS
+    report["memory"]["host_import_bytes"] = IMPORT_BYTES
+    cached = environment.count_compiled(engine.BACKEND, is_compiled(config))
+    status, error, exit_code = ending.run_to_end(
+        lambda: run_experiment(config, load_dataset(config, report), report, run),
+        f"lower --batch-size {config.batch_size}",
+    )
+    record.finish_record(
+        report,
+        status,
+        error,
+        compiled_files=(cached, environment.count_compiled(engine.BACKEND, is_compiled(config))),
+        device_peak=engine.device_peak_bytes(),
+        host_peak_bytes=telemetry.host_peak_bytes(),
+        total_seconds=time.perf_counter() - PROCESS_STARTED,
+        warnings=telemetry.compare_conditions(machine, telemetry.read_conditions()),
+    )
+    is_written = record.deliver_record(config.results_path, report, config.verbose)
+    if run is not None:
+        finish_wandb(run, report, exit_code)
+    return exit_code or (0 if is_written else ending.NOT_WRITTEN)
 
 
-def count_compiled(config):
-    """How many files the persistent compilation cache holds: a cold start adds some. None are
-    there for TensorFlow, which keeps none, and for PyTorch's plain `fit`, which is eager."""
-    folder = {"jax": "JAX_COMPILATION_CACHE_DIR"}
-    if is_compiled(config):
-        folder["torch"] = "TORCHINDUCTOR_CACHE_DIR"
-    folder = os.environ.get(folder.get(keras.backend.backend(), ""))
-    return sum(len(files) for _, _, files in os.walk(folder)) if folder else 0
+def load_dataset(config, report):
+    """The data set of a run; what it is goes into the record, and to a person."""
+    started = time.perf_counter()
+    dataset = data.load_dataset(
+        config.dataset,
+        num_classes=config.num_classes,
+        train_images=config.train_images,
+        test_images=config.test_images,
+        validation_split=config.validation_split,
+        seed=config.seed,
+    )
+    report["timing"]["data_seconds"] = time.perf_counter() - started
+    report["quality"] |= dataset.describe()
+    if config.verbose:
+        where = engine.gpu_name() or "the CPU"
+        print(f"{keras.backend.backend()} on {where}: {dataset.summarize()}", flush=True)
+    return dataset
 
 
 if __name__ == "__main__":

@@ -1,8 +1,35 @@
 """The command line of a flat configuration: one dataclass, parsed by tyro, refused in one line."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import math
+import re
 import sys
+
+ACCEPTED = {  # field of a configuration: (whether a value is possible, what is expected)
+    **dict.fromkeys(
+        (
+            *("train_images", "test_images", "image_size", "patch_size", "projection_dim"),
+            *("num_heads", "head_dim", "transformer_layers", "batch_size", "num_epochs"),
+        ),
+        (lambda value: value > 0, "above 0"),
+    ),
+    **dict.fromkeys(
+        ("validation_split", "dropout", "attention_dropout", "head_dropout"),
+        (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ),
+    **dict.fromkeys(
+        ("mlp_head_units", "transformer_units"),
+        (lambda value: all(width > 0 for width in value), "widths above 0"),
+    ),
+    "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
+    "seed": (lambda value: 0 <= value < 2**31, "0 to 2147483647"),
+    "num_classes": (lambda value: 2 <= value <= 100, "2 to 100"),
+    "input_shape": (lambda value: tuple(value) == (32, 32, 3), "32 32 3, as the data sets have it"),
+}
 
 
 class ConfigError(Exception):
@@ -50,10 +77,53 @@ def parse(kind, argv, description):
             except ValueError:
                 fail(f"{flag}: expected a list such as [1, 2], got {value}")
         arguments.append(f"{flag}={value}" if equals else flag)
+    told = io.StringIO()
     try:
-        return tyro.cli(kind, args=arguments, description=description)
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(kind, args=arguments, description=description)
     except ConfigError as error:
         fail(error)
+    except SystemExit as ending:
+        if not ending.code:  # --help
+            raise
+        fail(f"{unframe(told.getvalue())} (see --help)")
+
+
+def unframe(text):
+    """The message in what tyro prints: a title, the message, a rule, advice; all in a frame."""
+    text = re.sub(r"\x1b\[[\d;]*m|[│╰╯]", "", text.partition("\n")[2])
+    parts = [" ".join(part.split()) for part in re.split("[─-]{5,}", text)]
+    return next(filter(None, parts), "")
+
+
+def check_config(config):
+    """Raise ConfigError where a configuration of a model and its training is impossible."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        accepts, expected = ACCEPTED.get(field.name, (None, None))
+        if accepts and value is not None and not accepts(value):
+            raise ConfigError(f"{name_flag(field.name)}: expected {expected}, got {value}")
+    if config.image_size % config.patch_size:
+        raise ConfigError(
+            f"--image-size: expected a multiple of --patch-size {config.patch_size}, "
+            f"got {config.image_size}"
+        )
+    if config.transformer_units[-1] != config.projection_dim:
+        raise ConfigError(
+            "--transformer-units: expected the last to be --projection-dim "
+            f"{config.projection_dim} (it is added to the input), got {config.transformer_units}"
+        )
+    for name, available in (("train_images", 50_000), ("test_images", 10_000)):
+        asked = getattr(config, name)
+        if config.dataset == "cifar100" and asked and asked > available:
+            raise ConfigError(f"{name_flag(name)}: expected at most {available}, got {asked}")
+    images = config.train_images or 500 * config.num_classes
+    images -= round(images * config.validation_split)
+    if config.batch_size > images:
+        raise ConfigError(
+            f"--batch-size: expected at most the {images} images that are left to train on, "
+            f"got {config.batch_size}"
+        )
 
 
 def check_writable(**paths):

@@ -28,6 +28,8 @@ TRAIN_SUBSET, TEST_SUBSET, TRAIN_PICTURES, TEST_PICTURES, EPOCH = range(5)
 class DataError(Exception):
     """The data cannot be had as asked; the message is one line: expected, got, remedy."""
 
+    ending = ("error", 5)  # status and exit code
+
 
 class Dataset(NamedTuple):
     """Images uint8 (n, 32, 32, 3) and labels int32 (n,) of the three splits."""
@@ -41,6 +43,23 @@ class Dataset(NamedTuple):
     name: str  # "cifar100" or "synthetic"
     label: str  # how a report calls it: "CIFAR-100" or "synthetic shapes (not CIFAR-100)"
     fingerprint: str  # 16 hex digits of the sha256 over the six arrays, in the order above
+
+    def describe(self):
+        """What a record's `quality` says of it."""
+        return {
+            "dataset": self.label,
+            "data_fingerprint": self.fingerprint,
+            "train_images": len(self.x_train),
+            "validation_images": len(self.x_validation),
+            "test_images": len(self.x_test),
+        }
+
+    def summarize(self):
+        """The same for a person, in a line."""
+        return (
+            f"{self.label}, {len(self.x_train):,} images to train on, "
+            f"{len(self.x_validation):,} to validate, {len(self.x_test):,} to test"
+        )
 
 
 def load_dataset(
@@ -84,6 +103,22 @@ def load_dataset(
 def epoch_order(n, seed, epoch):
     """The order of n images in one epoch: a permutation, int32 (n,), fixed by seed and epoch."""
     return np.random.default_rng((seed, EPOCH, epoch)).permutation(np.arange(n, dtype=np.int32))
+
+
+def measure_pixels(images):
+    """(mean, variance) of uint8 images (n, height, width, channels): float64 (channels,) each.
+
+    From counts of each value, which are exact, of a chunk of images at a time: NumPy counts in 64
+    bits, eight times what the pixels hold.
+    """
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for first in range(0, len(images), 1000):
+        pixels = images[first : first + 1000].reshape(-1, channels)
+        counts += [np.bincount(pixels[:, c], minlength=256) for c in range(channels)]
+    values, n = np.arange(256), counts[0].sum()
+    mean = counts @ values / n
+    return mean, counts @ values**2 / n - mean**2
 
 
 def order_balanced(labels, num_classes, rng):

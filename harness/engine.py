@@ -106,28 +106,6 @@ def device_peak_bytes():
     return tf.config.experimental.get_memory_info("GPU:0")["peak"], "tensorflow get_memory_info"
 
 
-def is_out_of_memory(error):
-    """Whether an exception is the allocator's: each backend words it in its own way.
-
-    The NVML assertion is how PyTorch's allocator fails on a Jetson that has no memory left.
-    """
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error)
-    return any(
-        sign in text
-        for sign in (
-            "RESOURCE_EXHAUSTED",
-            "out of memory",
-            "Out of memory",
-            "can't allocate memory",
-            "not enough memory",
-            "OOM when allocating",
-            "NVML_SUCCESS == r INTERNAL ASSERT",
-        )
-    )
-
-
 # ---------------------------------------------------------------------------------------------
 # Steps
 

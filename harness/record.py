@@ -45,6 +45,26 @@ TYPES = {  # every top-level key, in the order in which it is written, and what 
 KEYS = tuple(TYPES)
 # A null in one of these needs a reason; in `error` and `config` it means "none".
 EXPLAINED = KEYS[KEYS.index("backend") : KEYS.index("notes")]
+MEASURED = {  # kind of record: its groups, and what a run may find out for each
+    "train": {
+        "model": ("parameters", "flops_per_image"),
+        "timing": (
+            *("import_seconds", "data_seconds", "build_seconds", "start_seconds"),
+            *("compile_seconds", "compile_cache", "epoch_seconds", "validation_seconds"),
+            *("train_images_per_second", "evaluation_seconds", "total_seconds"),
+        ),
+        "memory": (
+            *("device_peak_bytes", "device_peak_source", "host_peak_bytes", "host_import_bytes"),
+        ),
+        "energy": ("joules", "joules_per_image", "source", "window_seconds"),
+        "quality": (
+            *("dataset", "data_fingerprint", "train_images", "validation_images", "test_images"),
+            *("loss", "accuracy", "top5_accuracy"),
+            *("val_loss", "val_accuracy", "val_top5_accuracy"),
+            *("test_accuracy", "test_top5_accuracy", "best_epoch"),
+        ),
+    },
+}
 
 
 class RecordError(ValueError):
@@ -64,6 +84,85 @@ def create_record(kind, **fields):
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record |= {"schema": SCHEMA, "kind": kind, "status": "error", "id": uuid.uuid4().hex}
     return record | {"started": started, "argv": list(sys.argv)} | fields
+
+
+def begin_record(kind, *, config, backend, precision, machine, gpu_name, versions, git):
+    """A record with all that is known before a run; every figure of MEASURED is still null.
+
+    Args:
+        config: every choice, by name; `node_name` and `precision` are among them.
+        precision: what matrix products really run in.
+        machine, versions, git: as harness/telemetry.py tells them, each with its "notes".
+        gpu_name: None where the backend computes on the CPU.
+    """
+    facts = (machine, versions, git)
+    notes = [note for group in facts for note in group["notes"]]
+    device, versions, git = ({k: v for k, v in group.items() if k != "notes"} for group in facts)
+    device |= {"kind": "gpu" if gpu_name else "cpu", "node_name": config["node_name"]}
+    device["name"] = gpu_name or device["cpu_name"]
+    if precision != config["precision"]:
+        asked = config["precision"]
+        notes.append(f"precision: {asked} asked, but a CPU has only {precision} for it")
+    record = create_record(
+        kind,
+        config=config,
+        backend=backend,
+        precision=precision,
+        device=device,
+        versions=versions,
+        git=git,
+        notes=notes,
+        **{group: dict.fromkeys(names) for group, names in MEASURED[kind].items()},
+    )
+    if os.environ.get("VIT_RECORD_ID"):  # a comparison names its runs
+        record["id"] = os.environ["VIT_RECORD_ID"]
+    return record
+
+
+def finish_record(
+    record, status, error, *, compiled_files, device_peak, host_peak_bytes, total_seconds, warnings
+):
+    """The last figures, and a reason for each that is missing.
+
+    Args:
+        compiled_files: how many the compilation cache held before and after the run.
+        device_peak: (bytes, source), or (None, why not).
+        warnings: what disturbed the run.
+    """
+    record["status"], record["error"] = status, error
+    notes, timing, memory = record["notes"], record["timing"], record["memory"]
+    before, after = compiled_files
+    if after == 0:
+        notes.append("timing.compile_cache: nothing was compiled for later runs")
+    else:
+        timing["compile_cache"] = "warm" if after == before else "cold"
+    memory["host_peak_bytes"] = host_peak_bytes
+    memory["device_peak_bytes"], told = device_peak
+    if memory["device_peak_bytes"] is None:
+        notes += [f"memory.device_peak_bytes: {told}", f"memory.device_peak_source: {told}"]
+    else:
+        memory["device_peak_source"] = told
+    timing["total_seconds"] = total_seconds
+    notes += warnings
+    if status != "ok":
+        groups = dict.fromkeys(name.split(".")[0] for name in find_unexplained(record))
+        notes += [f"{group}: the run ended ({status}) before it was measured" for group in groups]
+
+
+def deliver_record(path, record, is_shown):
+    """Append a finished record, and tell a person how the run ended: where it failed on stderr,
+    and where `is_shown` in a summary. Returns whether the record was written."""
+    program, written = Path(sys.argv[0]).name, path
+    if record["status"] != "ok":
+        print(f"{program}: {record['status']}: {record['error']}", file=sys.stderr)
+    try:
+        append_record(path, record)
+    except OSError as problem:
+        print(f"{program}: the record could not be written: {problem}", file=sys.stderr)
+        written = f"not written: {problem}"
+    if is_shown:
+        print(f"{summarize(record)}\n  {'record':<14} {written}", flush=True)
+    return written == path
 
 
 def check_record(record):

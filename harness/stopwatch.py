@@ -5,18 +5,22 @@ import statistics
 import sys
 import time
 
-import keras
+UNTOLD = ("loss", "top-5-accuracy", "top5_accuracy")  # the loss has a place of its own
 
 
 class Diverged(Exception):
-    """The loss is no longer a number; the message says when."""
+    """The loss is no longer a number; the message says when, and what to do."""
+
+    ending = ("diverged", 4)  # status and exit code
+
+    def __init__(self, loss, when):
+        super().__init__(f"loss {loss} in {when}: lower --learning-rate")
 
 
-class Stopwatch(keras.callbacks.Callback):
+class Stopwatch:
     """Times epochs from their begin to the start of validation, and reports each in a line.
 
-    A window opens and closes only after the device is synchronised. Batch hooks are left alone:
-    overriding them would make Keras wait for every step.
+    A window opens and closes only after the device is synchronised.
 
     Args:
         epochs, images_per_epoch, batch_size: of the run.
@@ -26,19 +30,18 @@ class Stopwatch(keras.callbacks.Callback):
     """
 
     def __init__(self, epochs, images_per_epoch, batch_size, synchronize, meter, report):
-        super().__init__()
         self.epochs, self.images, self.batch_size = epochs, images_per_epoch, batch_size
         self.synchronize, self.meter, self.report = synchronize, meter, report
         self.epoch_seconds, self.validation_seconds, self.energy = [], [], []
         self.first_step_seconds, self.first_step_ended = None, None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def begin_epoch(self):
         self.synchronize()
         self.is_open = True
         self.meter.start()
         self.started = time.perf_counter()
 
-    def on_first_step(self):
+    def end_first_step(self):
         """The very first step is over, compilation included: what follows is steady."""
         self.synchronize()
         self.first_step_ended = time.perf_counter()
@@ -46,7 +49,8 @@ class Stopwatch(keras.callbacks.Callback):
         self.meter.stop()
         self.meter.start()
 
-    def on_test_begin(self, logs=None):
+    def end_training(self):
+        """The epoch's last step is over; validation may begin."""
         if self.is_open:
             self.synchronize()
             self.ended = time.perf_counter()
@@ -54,18 +58,19 @@ class Stopwatch(keras.callbacks.Callback):
             self.energy.append(self.meter.stop())
             self.is_open = False
 
-    def on_epoch_end(self, epoch, logs=None):
-        self.on_test_begin()  # for a run without validation
+    def end_epoch(self, epoch, logs):
+        """logs: loss and metrics by name, those of validation with val_ before it."""
+        self.end_training()  # for a run without validation
         self.validation_seconds.append(time.perf_counter() - self.ended)
         if not math.isfinite(logs["loss"]):
-            raise Diverged(f"loss {logs['loss']} in epoch {epoch + 1}")
+            raise Diverged(logs["loss"], f"epoch {epoch + 1}")
         self.report(self.describe(epoch, logs))
 
     def describe(self, epoch, logs):
         """An epoch in a line: what it reached, how fast it was, how long the rest will take."""
         shown = [f"epoch {epoch + 1}/{self.epochs}", f"loss {logs['loss']:.3f}"]
         for name in logs:
-            if not name.startswith("val_") and name not in ("loss", "top-5-accuracy"):
+            if not name.startswith("val_") and name not in UNTOLD:
                 form = "{:.1%}" if name == "accuracy" else "{:.4g}"
                 value, validation = form.format(logs[name]), logs.get(f"val_{name}")
                 validation = "" if validation is None else f" (val {form.format(validation)})"
@@ -144,7 +149,7 @@ class Progress:
             bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
             if bad is not None:
                 step += bad + 1 - len(losses)
-                raise Diverged(f"loss {losses[bad]} in epoch {epoch + 1}, step {step}")
+                raise Diverged(losses[bad], f"epoch {epoch + 1}, step {step}")
             state = f"loss {losses[-1]:.3f}"
         if self.is_shown:
             line = f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {state}"

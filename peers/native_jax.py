@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peers import common  # noqa: E402
 
 if __name__ == "__main__":  # --help and bad flags end here, before the slow import
-    CONFIG = common.parse_config(sys.argv[1:], __doc__.split("\n\n")[0])
-    common.set_environment("jax")
+    CONFIG = common.start(sys.argv[1:], __doc__.split("\n\n")[0], "jax")
 
 _import_started = time.perf_counter()
 import jax  # noqa: E402

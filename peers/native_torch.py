@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peers import common  # noqa: E402
 
 if __name__ == "__main__":  # --help and bad flags end here, before the slow import
-    CONFIG = common.parse_config(sys.argv[1:], __doc__.split("\n\n")[0])
-    common.set_environment("torch")
+    CONFIG = common.start(sys.argv[1:], __doc__.split("\n\n")[0], "torch")
 
 _import_started = time.perf_counter()
 import torch  # noqa: E402

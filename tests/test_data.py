@@ -184,6 +184,15 @@ def test_epoch_order():
     np.testing.assert_array_equal(orders[4], data.epoch_order(1000, 1, 1))
 
 
+def test_measure_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (2001, 8, 8, 3)).astype(np.uint8)
+    images[..., 1] //= 7
+    mean, variance = data.measure_pixels(images)
+    pixels = images.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(variance, pixels.var(axis=0), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

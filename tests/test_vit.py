@@ -67,9 +67,9 @@ def test_an_impossible_value_is_one_line(tmp_path, no_keras, flags, told):
 
 @pytest.mark.parametrize("flags", [["--no-such-flag"], ["--num-epochs=many"], ["--precision=int8"]])
 def test_an_unknown_flag_or_value_is_refused(tmp_path, no_keras, flags):
-    done = run_vit(tmp_path, *flags, **no_keras)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert flags[0].split("=")[0] in done.stderr
+    for encoding in ("utf-8", "ascii"):  # tyro draws another frame in each
+        done = run_vit(tmp_path, *flags, **no_keras, PYTHONIOENCODING=encoding)
+        assert done.returncode == 2 and flags[0].split("=")[0] in only_line(done)
 
 
 @pytest.mark.parametrize(

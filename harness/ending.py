@@ -1,0 +1,66 @@
+"""How a run ends: a status and a line for its record, an exit code for the shell.
+
+The exit codes are listed at the top of vit.py. An exception that is no surprise says itself what
+it means: its class has `ending`, a status and an exit code.
+"""
+
+import signal
+import traceback
+
+NOT_WRITTEN = 6
+OUT_OF_MEMORY = (  # each framework words it in its own way
+    *("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory"),
+    *("not enough memory", "OOM when allocating"),
+    "NVML_SUCCESS == r INTERNAL ASSERT",  # PyTorch's on a Jetson that has no memory left
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM; like KeyboardInterrupt no Exception, so that nothing swallows it."""
+
+
+def run_to_end(run, remedy):
+    """Call `run`, a function without arguments, and tell how it ended.
+
+    SIGTERM ends it as Ctrl-C does; afterwards both are ignored: the record comes first.
+
+    Args:
+        remedy: what to do where the memory did not suffice, such as "lower --batch-size 256".
+
+    Returns:
+        (status, error, exit code): error is one line, or None. An unexpected one is printed with
+        its traceback.
+    """
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        run()
+        ended = "ok", None, 0
+    except KeyboardInterrupt:
+        ended = "interrupted", "Ctrl-C", 130
+    except Terminated:
+        ended = "interrupted", "SIGTERM", 143
+    except Exception as error:
+        ended = judge(error, remedy)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return ended
+
+
+def judge(error, remedy):
+    if hasattr(error, "ending"):
+        status, code = error.ending
+        return status, str(error), code
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    if is_out_of_memory(error):
+        return "oom", f"out of memory: {remedy} ({line})", 3
+    traceback.print_exception(error)
+    return "error", line, 1
+
+
+def is_out_of_memory(error):
+    """Whether an exception is an allocator's."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
