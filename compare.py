@@ -66,6 +66,8 @@ SUBJECTS = {  # name: (module and pip extra, {image} of the launcher, program; N
     "tensorflow": ("tensorflow", "tensorflow", None),
     "native-jax": ("jax", "jax", "peers/native_jax.py"),
     "native-torch": ("torch", "pytorch", "peers/native_torch.py"),
+    "keras-io-jax": ("jax", "jax", "peers/keras_io.py"),
+    "keras-io-torch": ("torch", "pytorch", "peers/keras_io.py"),
 }
 DEFAULT_WORK = shlex.split(  # 20 to 30 s a run on 2 CPU cores
     "--dataset synthetic --num-classes 10 --train-images 1000 --test-images 500 --num-epochs 4"
@@ -85,7 +87,7 @@ class CompareConfig:
 
     records: tyro.conf.Positional[tuple[Path, ...]] = ()  # report on these files, measure nothing
     backends: tuple[str, ...] = ()  # jax, torch, tensorflow (default: the installed ones)
-    entries: tuple[str, ...] = ()  # backends, native-jax, native-torch; flags after a colon
+    entries: tuple[str, ...] = ()  # backends, native-jax, keras-io-jax ...; flags after a colon
     repeats: int = 3  # runs of each entry; an interval needs 3
     reference: str = ""  # entry that the others are compared with (default: the first)
     cool_down: float = 0.0  # seconds to wait between runs
@@ -163,14 +165,15 @@ def create_plan(entries, config, work, path, comparison):
     for repeat in range(1, config.repeats + 1):
         for entry in entries if repeat % 2 else entries[::-1]:
             record_id = f"{comparison}-r{repeat}-{urllib.parse.quote(entry['label'], ':=,+')}"
-            _, image, program = SUBJECTS[entry["name"]]
+            backend, image, program = SUBJECTS[entry["name"]]
             start = [sys.executable, str(find_program(program or config.script))]
             if config.launcher:  # a container has its own environment: `env` hands the id over
                 start = [os.path.expandvars(word) for word in shlex.split(config.launcher)]
                 start = [word.replace("{image}", image) for word in start]
                 start += ["env", f"VIT_RECORD_ID={record_id}", "python", program or config.script]
             given = list_flags([*work, *entry["flags"]])
-            flags = [] if program else ["--keras-backend", entry["name"]]
+            is_native = entry["name"].startswith("native-")
+            flags = [] if is_native else ["--keras-backend", backend]
             flags += [] if "use-wandb" in given else ["--no-use-wandb"]
             flags += [] if "seed" in given else ["--seed", str(repeat)]
             command = [*start, "--results-path", str(path), *flags, *work, *entry["flags"]]

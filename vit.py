@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness import environment
-from harness.cli import ConfigError, check_config, check_writable, fail, parse
+from harness.cli import ConfigError, check_config, check_writable, choose_micro_batch, fail, parse
 
 PROCESS_STARTED = time.perf_counter()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
@@ -73,6 +73,7 @@ class ViTConfig:
     learning_rate: float = 0.001
     weight_decay: float = 0.0001
     batch_size: int = 256
+    micro_batch_size: int | None = None  # computed at once; default: the batch, on a CPU up to 64
     num_epochs: int = 10
     seed: int = 0
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
@@ -142,8 +143,8 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse(ViTConfig, sys.argv[1:], __doc__.split("\n\n")[0])
     environment.keep_memory()
-else:  # imported, by another command or a test
-    _set_backend_from_env_or_cli([])
+else:  # imported, by another command with its own flags or by a test
+    _set_backend_from_env_or_cli(sys.argv[1:])
 
 _import_started = time.perf_counter()
 import keras  # noqa: E402
@@ -152,7 +153,7 @@ from keras import layers, ops  # noqa: E402
 
 from harness import augment, data, ending, engine, record, telemetry  # noqa: E402
 from harness.dropout import Dropout, MultiHeadAttention  # noqa: E402
-from harness.stopwatch import Progress, Stopwatch  # noqa: E402
+from harness.stopwatch import Progress, Stopwatch, measure_matmul  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _import_started
 IMPORT_BYTES = telemetry.host_rss_bytes()
@@ -410,7 +411,7 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
     for epoch in range(config.num_epochs):
         model.reset_metrics()
         order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
-        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+        order = order[: steps * config.batch_size].reshape(steps, -1, config.micro_batch_size)
         draws = draw(epoch)[: order.size].reshape(*order.shape, 2, 2) if draw else None
         callbacks.on_epoch_begin(epoch)
         running = None
@@ -419,7 +420,7 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
             rows = slice(first, first + per_call)
             losses = training.run(order[rows], None if draws is None else draws[rows])
             if epoch == first == 0:
-                stopwatch.end_first_step()
+                stopwatch.end_first_call(order[rows].size)
             # The previous call's losses: reading this call's would leave the device idle.
             progress.show(epoch, first, running)
             running = losses
@@ -472,7 +473,6 @@ def run_experiment(config, dataset, report, run=None):
     stopwatch = Stopwatch(
         epochs=config.num_epochs,
         images_per_epoch=len(dataset.x_train) // config.batch_size * config.batch_size,
-        batch_size=config.batch_size,
         synchronize=engine.synchronize,
         meter=telemetry.create_energy_meter(device=report["device"]["kind"]),
         report=partial(print, flush=True) if config.verbose else lambda line: None,
@@ -622,8 +622,11 @@ def finish_wandb(run, report, exit_code):
 # Main
 
 
-def main(config):
-    """One run from configuration to record. Returns the exit code."""
+def main(config, subject=None):
+    """One run from configuration to record. Returns the exit code.
+
+    subject: what the record shall call its backend, where another command runs another model.
+    """
     check_writable(results_path=config.results_path, checkpoint_path=config.checkpoint_path)
     if engine.BACKEND == "torch" and is_compiled(config):
         compiler = os.environ.get("CXX") or "g++"
@@ -636,11 +639,15 @@ def main(config):
         precision = engine.set_precision(config.precision)
     except ValueError as error:
         fail(error)
+    if is_compiled(config):
+        choose_micro_batch(config, is_on_gpu=engine.on_gpu())
+    elif config.micro_batch_size not in (None, config.batch_size):
+        fail("--micro-batch-size: expected none, since Keras' fit trains on whole batches")
     run = start_wandb(config) if config.use_wandb else None
     report = record.begin_record(
         "train",
         config=dataclasses.asdict(config),
-        backend=keras.backend.backend(),
+        backend=subject or keras.backend.backend(),
         precision=precision,
         machine=machine,
         gpu_name=engine.gpu_name(),
@@ -654,12 +661,16 @@ def main(config):
         lambda: run_experiment(config, load_dataset(config, report), report, run),
         f"lower --batch-size {config.batch_size}",
     )
+    device_peak, matmul = engine.device_peak_bytes(), None
+    if status == "ok":
+        matmul = measure_matmul(*engine.create_matmul(), engine.synchronize)
     record.finish_record(
         report,
         status,
         error,
+        matmul_flops_per_second=matmul,
         compiled_files=(cached, environment.count_compiled(engine.BACKEND, is_compiled(config))),
-        device_peak=engine.device_peak_bytes(),
+        device_peak=device_peak,
         host_peak_bytes=telemetry.host_peak_bytes(),
         total_seconds=time.perf_counter() - PROCESS_STARTED,
         warnings=telemetry.compare_conditions(machine, telemetry.read_conditions()),

@@ -12,7 +12,8 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
     **dict.fromkeys(
         (
             *("train_images", "test_images", "image_size", "patch_size", "projection_dim"),
-            *("num_heads", "head_dim", "transformer_layers", "batch_size", "num_epochs"),
+            *("num_heads", "head_dim", "transformer_layers", "batch_size", "micro_batch_size"),
+            "num_epochs",
         ),
         (lambda value: value > 0, "above 0"),
     ),
@@ -113,6 +114,11 @@ def check_config(config):
             "--transformer-units: expected the last to be --projection-dim "
             f"{config.projection_dim} (it is added to the input), got {config.transformer_units}"
         )
+    if config.batch_size % (config.micro_batch_size or 1):
+        raise ConfigError(
+            f"--micro-batch-size: expected a divisor of --batch-size {config.batch_size}, "
+            f"got {config.micro_batch_size}"
+        )
     for name, available in (("train_images", 50_000), ("test_images", 10_000)):
         asked = getattr(config, name)
         if config.dataset == "cifar100" and asked and asked > available:
@@ -124,6 +130,15 @@ def check_config(config):
             f"--batch-size: expected at most the {images} images that are left to train on, "
             f"got {config.batch_size}"
         )
+
+
+def choose_micro_batch(config, is_on_gpu):
+    """Set micro_batch_size where the user did not: to the batch, but on a CPU to the largest
+    divisor of it up to 64. There a part that large keeps all cores busy, and memory is for one."""
+    largest = config.batch_size if is_on_gpu else 64
+    config.micro_batch_size = config.micro_batch_size or max(
+        size for size in range(1, largest + 1) if config.batch_size % size == 0
+    )
 
 
 def check_writable(**paths):

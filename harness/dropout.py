@@ -7,22 +7,28 @@ backends vectorise it, fuse it with the multiplication, and drop the same elemen
 """
 
 import math
+import operator
 
 import keras
 from keras import layers, ops
 
+GOLDEN = -0x61C88647  # 2**32 divided by the golden ratio, odd, as an int32: spreads counters
+# TensorFlow's tensors have no >>.
+shift = ops.right_shift if keras.backend.backend() == "tensorflow" else operator.rshift
 
-def hash_bits(x, key=0):
+
+def hash_bits(x, key):
     """Mix int32 bits: the function `lowbias32` of C. Wellons' "Hash Prospector" (2018, constants
     of 2022), with a key added between its rounds so that two keys never give permuted masks.
 
-    Multiplication wraps; shifts are made logical by masking the sign's copies off.
+    Multiplication wraps; shifts are made logical by masking the sign's copies off. Plain operators,
+    since keras.ops would make a tensor of each constant, which PyTorch then carries along.
     """
-    x = x ^ ops.bitwise_and(ops.right_shift(x, 16), 0xFFFF)
+    x = x ^ (shift(x, 16) & 0xFFFF)
     x = x * 0x21F0AAAD
-    x = x ^ ops.bitwise_and(ops.right_shift(x, 15), 0x1FFFF)
+    x = x ^ (shift(x, 15) & 0x1FFFF)
     x = (x + key) * 0x735A2D97
-    return x ^ ops.bitwise_and(ops.right_shift(x, 15), 0x1FFFF)
+    return x ^ (shift(x, 15) & 0x1FFFF)
 
 
 @keras.saving.register_keras_serializable("vit")
@@ -32,12 +38,11 @@ class Dropout(layers.Dropout):
     def call(self, inputs, training=False):
         if not training or self.rate == 0:
             return inputs
-        state = ops.cast(self.seed_generator.next(), "int32")  # (the layer's seed, calls so far)
-        first_key = hash_bits(state[0] + hash_bits(state[1]))
-        second_key = hash_bits(first_key + 1)
+        seed, calls = ops.unstack(ops.cast(self.seed_generator.next(), "int32"))
+        key = seed + calls * GOLDEN
         shape = ops.shape(inputs)  # on TensorFlow the batch may be unknown
         number = ops.reshape(ops.arange(math.prod(shape), dtype="int32"), shape)
-        bits = ops.bitwise_and(hash_bits(number + first_key, second_key), 0x7FFFFFFF)
+        bits = hash_bits(number + key, key * GOLDEN) & 0x7FFFFFFF
         keep = bits >= round(self.rate * 2**31)
         return ops.where(keep, inputs / (1 - self.rate), ops.zeros_like(inputs))
 
@@ -46,17 +51,39 @@ class Dropout(layers.Dropout):
 class MultiHeadAttention(layers.MultiHeadAttention):
     """keras.layers.MultiHeadAttention with hashed masks, fused wherever nothing is dropped.
 
-    Keras' own takes the fused kernel only at dropout 0, not at inference.
+    Keras' own takes the fused kernel only at dropout 0, not at inference. Where something is
+    dropped, heads are put before patches once, after one product that projects to queries, keys
+    and values: Keras' einsums transpose in each product.
     """
 
     def _build_attention(self, rank):
         super()._build_attention(rank)
         self._dropout_layer = Dropout(self._dropout, dtype=self._dropout_layer.dtype_policy)
 
-    def _compute_attention(self, query, key, value, mask=None, training=None, *args, **kwargs):
-        rate = self._dropout
-        self._dropout = rate if training else 0.0
-        try:
-            return super()._compute_attention(query, key, value, mask, training, *args, **kwargs)
-        finally:
-            self._dropout = rate
+    def call(self, query, value, key=None, training=False, **masks):
+        if not training or not self._dropout:
+            rate, self._dropout = self._dropout, 0.0  # what Keras goes by
+            try:
+                return super().call(query, value, key, training=training, **masks)
+            finally:
+                self._dropout = rate
+        if query is not value or key is not None or any(m is not None for m in masks.values()):
+            raise NotImplementedError("dropout is here for self-attention without a mask alone")
+        _, tokens, dim = query.shape
+        heads, size = self._num_heads, self._key_dim
+        parts = (self._query_dense, self._key_dense, self._value_dense)
+        kernel = ops.concatenate([ops.reshape(p.kernel, (dim, heads * size)) for p in parts], 1)
+        bias = ops.concatenate([ops.reshape(p.bias, (heads * size,)) for p in parts], 0)
+        x = project(ops.reshape(query, (-1, dim)), kernel, bias)
+        x = ops.transpose(ops.reshape(x, (-1, tokens, 3, heads, size)), (2, 0, 3, 1, 4))
+        q, k, v = x[0], x[1], x[2]  # (batch, heads, tokens, size) each
+        scores = ops.matmul(q * size**-0.5, ops.transpose(k, (0, 1, 3, 2)))
+        x = ops.matmul(self._dropout_layer(self._softmax(scores), training=True), v)
+        x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, heads * size))
+        out = self._output_dense
+        x = project(x, ops.reshape(out.kernel, (heads * size, dim)), out.bias)
+        return ops.reshape(x, (-1, tokens, dim))
+
+
+def project(x, kernel, bias):
+    return ops.matmul(x, ops.cast(kernel, x.dtype)) + ops.cast(bias, x.dtype)

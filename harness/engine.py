@@ -8,6 +8,7 @@ are updated in place.
 """
 
 import math
+from functools import partial
 
 import keras
 import numpy as np
@@ -144,10 +145,12 @@ def compile_train_steps(model, images, labels, augment=None):
         augment: None, or a function of (a batch's images, its draws) made of keras.ops.
 
     Returns:
-        An object with two methods. run(order, draws) trains one step per row and returns the
-        epoch's running mean of the loss after each, (steps,), on the device and not waited for;
-        order: int32 (steps, batch) indices, draws: float32 (steps, batch, ...) or None. sync()
-        brings the model's variables up to date, for whoever reads or writes them between runs.
+        An object with two methods. run(order, draws) trains a step per row and returns the epoch's
+        running mean of the loss after each, (steps,), on the device and not waited for; order:
+        int32 (steps, parts, images) indices, draws: float32 (steps, parts, images, ...) or None.
+        A batch is computed part by part; the step is that of the mean of its parts' gradients, so
+        that memory for one part is enough. sync() brings the model's variables up to date, for
+        whoever reads or writes them between runs.
     """
     return {"jax": _JaxTraining, "torch": _TorchTraining}[BACKEND](model, images, labels, augment)
 
@@ -178,9 +181,9 @@ def compile_forward(model):
         x = keras.ops.convert_to_tensor(x)
         if x.shape not in compiled:
             compiled[x.shape] = _compile_torch(
-                lambda state, x: model.stateless_call(*state, x)[0], _torch_weights(model), x
+                lambda state, x: [model.stateless_call(*state, x)[0]], _torch_weights(model), x
             )
-        return compiled[x.shape](_torch_weights(model), x)
+        return compiled[x.shape](_torch_weights(model), x)[0]
 
     return forward
 
@@ -217,22 +220,46 @@ def _make_batch(images, labels, index, draws, augment):
 
 
 class _JaxTraining:
-    """Scans Keras' own `train_step` over the rows; the state is donated, so it exists once."""
+    """Scans over steps and, within a step, over the parts of its batch, whose gradients add up.
+    The state is donated, so it exists once."""
 
     def __init__(self, model, images, labels, augment):
         self.model, self.state = model, None
         self.images, self.labels = jax.device_put(images), jax.device_put(labels)
+        differentiate = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
 
-        def scan(state, images, labels, order, draws):
-            def step(state, row):
-                logs, state = model.train_step(
-                    state, (*_make_batch(images, labels, *row, augment), None)
+        def train_steps(state, images, labels, order, draws):
+            def add_part(trainable, optimizer, carried, part):
+                sums, non_trainable, metrics = carried
+                x, y = _make_batch(images, labels, *part, augment)
+                (_, (loss, outputs, non_trainable, metrics)), gradients = differentiate(
+                    *(trainable, non_trainable, metrics, x, y, None),
+                    training=True,
+                    optimizer_variables=optimizer,
                 )
-                return state, logs["loss"]
+                mapping = zip(model.metrics_variables, metrics)
+                with keras.StatelessScope(state_mapping=list(mapping)) as scope:
+                    logs = _update_metrics(model, x, y, outputs, loss)
+                metrics = [scope.get_current_value(v) for v in model.metrics_variables]
+                sums = jax.tree.map(jax.numpy.add, sums, gradients)
+                return (sums, non_trainable, metrics), logs["loss"]
 
-            return jax.lax.scan(step, state, (order, draws))
+            def train_step(state, parts):
+                trainable, non_trainable, optimizer, metrics = state
+                carried = (jax.tree.map(jax.numpy.zeros_like, trainable), non_trainable, metrics)
+                carried, losses = jax.lax.scan(
+                    partial(add_part, trainable, optimizer), carried, parts
+                )
+                sums, non_trainable, metrics = carried
+                gradients = [total / len(losses) for total in sums]
+                trainable, optimizer = model.optimizer.stateless_apply(
+                    optimizer, gradients, trainable
+                )
+                return (trainable, non_trainable, optimizer, metrics), losses[-1]
 
-        self.scan = jax.jit(scan, donate_argnums=0)
+            return jax.lax.scan(train_step, state, (order, draws))
+
+        self.train_steps = jax.jit(train_steps, donate_argnums=0)
 
     def _variables(self):
         return (
@@ -245,7 +272,7 @@ class _JaxTraining:
     def run(self, order, draws):
         if self.state is None:
             self.state = tuple([v.value for v in group] for group in self._variables())
-        self.state, losses = self.scan(self.state, self.images, self.labels, order, draws)
+        self.state, losses = self.train_steps(self.state, self.images, self.labels, order, draws)
         return losses
 
     def sync(self):
@@ -256,8 +283,8 @@ class _JaxTraining:
 
 
 class _TorchTraining:
-    """One compiled graph gathers, augments, runs forward and backward and updates the metrics;
-    then the optimiser updates Keras' own variables in place."""
+    """One compiled graph gathers, augments, runs forward and backward and updates the metrics, for
+    each part of a batch; then the optimiser updates Keras' own variables in place."""
 
     def __init__(self, model, images, labels, augment):
         self.model, self.augment, self.compiled = model, augment, None
@@ -266,11 +293,14 @@ class _TorchTraining:
         self.trained = [v.value for v in model.trainable_variables]
         self.update = _fuse_adam(model.optimizer, model.trainable_variables)
 
-    def _step(self, trainable, carried, images, labels, index, draws):
-        """Keras' train step up to the gradients, as a function of tensors.
+    def _differentiate(self, parts, trainable, carried, images, labels, index, draws):
+        """Keras' train step up to the gradients, as a function of tensors, for one of `parts`.
 
         `carried` is what else a step changes: non-trainable variables (random seeds), the
         optimiser's (read for loss scaling), metrics; each is updated in place.
+
+        Returns:
+            the running mean of the loss, and the gradients, one after the other.
         """
         model = self.model
         x, y = _make_batch(images, labels, index, draws, self.augment)
@@ -280,15 +310,15 @@ class _TorchTraining:
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 outputs = model(x, training=True)
                 loss = model.compute_loss(x, y, outputs, training=True)
-                logs = self._update_metrics(x, y, outputs, loss)
-                scaled = model.optimizer.scale_loss(loss)
+                logs = _update_metrics(model, x, y, outputs.detach(), loss.detach())
+                scaled = model.optimizer.scale_loss(loss) / parts
             gradients = torch.autograd.grad(scaled, trainable)
         for variable, tensor in zip(self._carried(), carried):
             value = scope.get_current_value(variable)
             if value is not None and value is not tensor:
                 tensor.copy_(value)
         # Fused optimisers want gradients laid out like their weights.
-        return logs["loss"], [gradient.contiguous() for gradient in gradients]
+        return logs["loss"], *(gradient.contiguous() for gradient in gradients)
 
     def _carried(self):
         model = self.model
@@ -298,31 +328,41 @@ class _TorchTraining:
             *model.metrics_variables,
         ]
 
-    def _update_metrics(self, x, y, outputs, loss):
-        tracker = next(metric for metric in self.model.metrics if metric.name == "loss")
-        tracker.update_state(loss.detach(), sample_weight=x.shape[0])
-        return self.model.compute_metrics(x, y, outputs.detach())
-
     def run(self, order, draws):
         with torch.no_grad():
             return self._run(order, draws)
 
     def _run(self, order, draws):
         order = keras.ops.convert_to_tensor(order)
-        draws = [None] * len(order) if draws is None else keras.ops.convert_to_tensor(draws)
+        draws = keras.ops.convert_to_tensor(draws) if draws is not None else [None] * len(order)
         carried = [variable.value for variable in self._carried()]
         losses = []
-        for index, draw in zip(order, draws):
-            arguments = (self.trained, carried, self.images, self.labels, index, draw)
-            if self.compiled is None:
-                self.compiled = _compile_torch(self._step, *arguments)
-            loss, gradients = self.compiled(*arguments)
-            self.update(gradients)
+        for parts, parts_draws in zip(order, draws):
+            sums = None
+            for number, index in enumerate(parts):
+                draw = None if parts_draws is None else parts_draws[number]
+                arguments = (self.trained, carried, self.images, self.labels, index, draw)
+                if self.compiled is None:
+                    differentiate = partial(self._differentiate, len(parts))
+                    self.compiled = _compile_torch(differentiate, *arguments)
+                loss, *gradients = self.compiled(*arguments)
+                if sums is None:
+                    sums = gradients
+                else:
+                    torch._foreach_add_(sums, gradients)
+            self.update(sums)
             losses.append(loss)
         return torch.stack(losses)
 
     def sync(self):
         """Nothing to do: the variables are updated in place."""
+
+
+def _update_metrics(model, x, y, outputs, loss):
+    """What Keras' own train steps do once the loss is known; returns the running means."""
+    tracker = next(metric for metric in model.metrics if metric.name == "loss")
+    tracker.update_state(loss, sample_weight=x.shape[0])
+    return model.compute_metrics(x, y, outputs)
 
 
 def _torch_weights(model):
@@ -335,16 +375,31 @@ def _torch_weights(model):
 def _compile_torch(function, *arguments):
     """Trace a function of tensors once to ATen operations, and compile these with inductor.
 
-    Dynamo then meets a flat list of operations instead of Keras' Python: no graph breaks, no
-    guards on Keras' objects, no recompilation.
+    No dynamo: there is no Python left to follow, no graph breaks, no guards, no recompilation; and
+    a second start finds the compiled graph in inductor's cache.
+
+    Args:
+        function: from nested lists of tensors, or None, to a flat sequence of tensors.
+        arguments: an example of what it will be called with.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-    def plain(*arguments):  # make_fx counts the arguments of a method wrongly
-        return function(*arguments)
+    leaves, structure = tree_flatten(arguments)
+    places = [place for place, leaf in enumerate(leaves) if leaf is not None]
 
-    graph = make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
-    return torch.compile(graph, fullgraph=True, dynamic=False)
+    def flat(*tensors):
+        filled = [None] * len(leaves)
+        for place, tensor in zip(places, tensors):
+            filled[place] = tensor
+        return tuple(function(*tree_unflatten(filled, structure)))
+
+    tensors = [leaves[place] for place in places]
+    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+    compiled = torch._inductor.standalone_compile(
+        graph, tensors, dynamic_shapes="from_example_inputs", donate_graph_module=True
+    )
+    return lambda *arguments: compiled(*(t for t in tree_leaves(arguments) if t is not None))
 
 
 def _fuse_adam(optimizer, variables):
@@ -405,7 +460,19 @@ def _fuse_adam(optimizer, variables):
 
 
 # ---------------------------------------------------------------------------------------------
-# What a model costs
+# What a model costs, and what the device can do
+
+
+def create_matmul():
+    """A large product of square matrices in the precision of `set_precision`.
+
+    Returns:
+        (multiply, size): a function without arguments that starts it, and the matrices' size.
+    """
+    size = 4096 if on_gpu() else 2048
+    x = np.random.default_rng(0).standard_normal((size, size), dtype="float32")
+    x = keras.ops.convert_to_tensor(x, keras.config.dtype_policy().compute_dtype)
+    return lambda: keras.ops.matmul(x, x), size
 
 
 def count_flops(model):

@@ -51,7 +51,8 @@ MEASURED = {  # kind of record: its groups, and what a run may find out for each
         "timing": (
             *("import_seconds", "data_seconds", "build_seconds", "start_seconds"),
             *("compile_seconds", "compile_cache", "epoch_seconds", "validation_seconds"),
-            *("train_images_per_second", "evaluation_seconds", "total_seconds"),
+            *("train_images_per_second", "matmul_flops_per_second", "mfu"),
+            *("evaluation_seconds", "total_seconds"),
         ),
         "memory": (
             *("device_peak_bytes", "device_peak_source", "host_peak_bytes", "host_import_bytes"),
@@ -120,11 +121,23 @@ def begin_record(kind, *, config, backend, precision, machine, gpu_name, version
 
 
 def finish_record(
-    record, status, error, *, compiled_files, device_peak, host_peak_bytes, total_seconds, warnings
+    record,
+    status,
+    error,
+    *,
+    matmul_flops_per_second,
+    compiled_files,
+    device_peak,
+    host_peak_bytes,
+    total_seconds,
+    warnings,
 ):
     """The last figures, and a reason for each that is missing.
 
     Args:
+        matmul_flops_per_second: what the device attains in a large matrix product; None where the
+            run failed. A training step counts as three forward passes (Chowdhery et al. 2022,
+            PaLM, appendix B: model FLOPs utilisation).
         compiled_files: how many the compilation cache held before and after the run.
         device_peak: (bytes, source), or (None, why not).
         warnings: what disturbed the run.
@@ -143,6 +156,12 @@ def finish_record(
     else:
         memory["device_peak_source"] = told
     timing["total_seconds"] = total_seconds
+    rate, peak = timing["train_images_per_second"], matmul_flops_per_second
+    timing["matmul_flops_per_second"] = peak
+    if rate and peak:
+        timing["mfu"] = 3 * record["model"]["flops_per_image"] * rate / peak
+    elif status == "ok":
+        notes.append("timing.mfu: the training speed is not known")
     notes += warnings
     if status != "ok":
         groups = dict.fromkeys(name.split(".")[0] for name in find_unexplained(record))
@@ -245,7 +264,9 @@ def summarize(record):
         return f"{accuracy:.2%}, top-5 {top5:.2%} (epoch {epoch}: {quality['dataset']})"
 
     def speed(rate):
-        return f"{rate:,.1f} images/s, {quality['train_images'] / rate:.1f} s an epoch"
+        share = timing.get("mfu")  # records made before it was measured have none
+        used = f", {share:.0%} of matmul peak" if share else ""
+        return f"{rate:,.1f} images/s, {quality['train_images'] / rate:.1f} s an epoch{used}"
 
     def compilation(value):
         names = ("import", "data", "build")

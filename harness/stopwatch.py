@@ -23,17 +23,16 @@ class Stopwatch:
     A window opens and closes only after the device is synchronised.
 
     Args:
-        epochs, images_per_epoch, batch_size: of the run.
+        epochs, images_per_epoch: of the run.
         synchronize: a function that waits for the device.
         meter: an energy meter with start() and stop().
         report: a function that takes each epoch's line, such as print.
     """
 
-    def __init__(self, epochs, images_per_epoch, batch_size, synchronize, meter, report):
-        self.epochs, self.images, self.batch_size = epochs, images_per_epoch, batch_size
+    def __init__(self, epochs, images_per_epoch, synchronize, meter, report):
+        self.epochs, self.images, self.first_images = epochs, images_per_epoch, 0
         self.synchronize, self.meter, self.report = synchronize, meter, report
         self.epoch_seconds, self.validation_seconds, self.energy = [], [], []
-        self.first_step_seconds, self.first_step_ended = None, None
 
     def begin_epoch(self):
         self.synchronize()
@@ -41,11 +40,11 @@ class Stopwatch:
         self.meter.start()
         self.started = time.perf_counter()
 
-    def end_first_step(self):
-        """The very first step is over, compilation included: what follows is steady."""
+    def end_first_call(self, images):
+        """The very first `images` are trained on, compilation included: what follows is steady."""
         self.synchronize()
-        self.first_step_ended = time.perf_counter()
-        self.first_step_seconds = self.first_step_ended - self.started
+        self.first_images, self.first_ended = images, time.perf_counter()
+        self.first_seconds = self.first_ended - self.started
         self.meter.stop()
         self.meter.start()
 
@@ -85,9 +84,9 @@ class Stopwatch:
         epoch alone, that epoch without its first step, scaled up; None where that is unknown."""
         if len(self.epoch_seconds) > 1:
             return statistics.median(self.epoch_seconds[1:])
-        after_first = self.images - self.batch_size
-        if self.epoch_seconds and self.first_step_seconds and after_first > 0:
-            return (self.epoch_seconds[0] - self.first_step_seconds) * self.images / after_first
+        after_first = self.images - self.first_images
+        if self.epoch_seconds and self.first_images and after_first > 0:
+            return (self.epoch_seconds[0] - self.first_seconds) * self.images / after_first
         return None
 
     def measure(self, process_started):
@@ -99,7 +98,7 @@ class Stopwatch:
         Returns:
             (timing, energy, notes): dictionaries of what is known, and the reasons for the rest.
         """
-        steady, first = self.steady_seconds(), self.first_step_seconds
+        steady = self.steady_seconds()
         timing = {"epoch_seconds": self.epoch_seconds}
         timing |= {"validation_seconds": self.validation_seconds}
         if not self.epoch_seconds:
@@ -112,16 +111,16 @@ class Stopwatch:
         timing["train_images_per_second"] = self.images / steady
         if len(self.epoch_seconds) == 1:
             notes.append("one epoch only: its first step was left out of the steady throughput")
-        if first is None:  # plain fit: the whole first epoch against a steady one
+        if not self.first_images:  # plain fit: the whole first epoch against a steady one
             timing["compile_seconds"] = max(0.0, self.epoch_seconds[0] - steady)
             notes.append("timing.start_seconds: Keras' fit does not tell when a step is done")
         else:
-            one_step = steady * self.batch_size / self.images
-            timing["compile_seconds"] = max(0.0, first - one_step)
-            timing["start_seconds"] = self.first_step_ended - process_started
+            warm = steady * self.first_images / self.images
+            timing["compile_seconds"] = max(0.0, self.first_seconds - warm)
+            timing["start_seconds"] = self.first_ended - process_started
         windows, images = self.energy[1:], self.images * len(self.energy[1:])
         if not windows:
-            windows, images = self.energy, self.images - self.batch_size
+            windows, images = self.energy, self.images - self.first_images
         notes += dict.fromkeys(note for window in windows for note in window["notes"])
         if any(window["joules"] is None for window in windows):
             return timing, {}, notes
@@ -133,6 +132,24 @@ class Stopwatch:
             "window_seconds": sum(window["window_seconds"] for window in windows),
         }
         return timing, energy, notes
+
+
+def measure_matmul(multiply, size, synchronize, windows=5):
+    """Floating-point operations a second of a large matrix product, 2 a multiply-accumulate: the
+    best of several windows, so that a moment's disturbance does not lower it.
+
+    Args:
+        multiply: starts the product of two square matrices of `size` rows; not waited for.
+        synchronize: a function that waits for the device.
+    """
+    seconds = []
+    for _ in range(1 + windows):  # the first compiles
+        started = time.perf_counter()
+        product = multiply()  # held: a result that nobody holds need not be computed
+        synchronize()
+        seconds.append(time.perf_counter() - started)
+        del product
+    return 2 * size**3 / min(seconds[1:])
 
 
 class Progress:

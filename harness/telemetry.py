@@ -362,7 +362,7 @@ def read_versions(backend):
     """Versions for a record, found without importing: python, keras, numpy, the backend's own
     libraries, the driver and the newest CUDA that it runs. backend as in a record ("native-jax").
     """
-    libraries = BACKENDS.get(backend.removeprefix("native-"), ())
+    libraries = BACKENDS.get(backend.rpartition("-")[2], ())
     versions, reasons = {"python": platform.python_version()}, {}
     for name in ("keras", *libraries, "numpy"):
         versions[name], reasons[name] = None, f"{name} is not installed"

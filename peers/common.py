@@ -9,13 +9,14 @@ Flags, figures and exit codes are those of vit.py, where they are explained. A p
     .load_keras_weights(weights)        takes what get_weights() of vit.py's model gives
     .count_parameters(), .count_flops() of the model, the latter of one picture's forward pass
     .place(images, labels)              puts the training pictures on the device
-    .begin_epoch(order, maps)           takes the epoch's batches: int32 (steps, batch) and float32
-                                        (steps, batch, 2, 2), or None
+    .begin_epoch(order, maps)           takes the epoch's batches: int32 (steps, parts, images) and
+                                        float32 (steps, parts, images, 2, 2), or None
     .run(rows)                          trains a slice of them, a step a row; does not wait
     .read_epoch()                       its [loss, accuracy, top-5 accuracy], floats
     .evaluate(images, labels)           the same three of other pictures, without dropout
     .keep_weights(), .restore_weights() remembers the weights; goes back to them
     .steps_per_call(steps)              how many of an epoch's steps one .run should get, a divisor
+    .create_matmul()                    (a function that starts a large matrix product, its size)
     .synchronize()                      waits for the device
     .device_peak_bytes()                (bytes, source) or (None, reason)
 """
@@ -35,8 +36,8 @@ PROCESS_STARTED = time.perf_counter()
 import numpy as np  # noqa: E402
 
 from harness import augment, data, ending, environment, record, telemetry  # noqa: E402
-from harness.cli import check_config, check_writable, fail, parse  # noqa: E402
-from harness.stopwatch import Stopwatch  # noqa: E402
+from harness.cli import check_config, check_writable, choose_micro_batch, fail, parse  # noqa: E402
+from harness.stopwatch import Stopwatch, measure_matmul  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - PROCESS_STARTED  # a peer adds its framework's
 
@@ -69,6 +70,7 @@ class Config:
     learning_rate: float = 0.001
     weight_decay: float = 0.0001
     batch_size: int = 256
+    micro_batch_size: int | None = None  # computed at once; default: the batch, on a CPU up to 64
     num_epochs: int = 10
     seed: int = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of matrix products
@@ -172,7 +174,6 @@ def train(peer, config, dataset, report):
     stopwatch = Stopwatch(
         epochs=config.num_epochs,
         images_per_epoch=used,
-        batch_size=config.batch_size,
         synchronize=peer.synchronize,
         meter=telemetry.create_energy_meter(device=report["device"]["kind"]),
         report=partial(print, flush=True) if config.verbose else lambda line: None,
@@ -180,7 +181,7 @@ def train(peer, config, dataset, report):
     try:
         for epoch in range(config.num_epochs):
             order = data.epoch_order(len(dataset.x_train), config.seed, epoch)[:used]
-            order, maps = order.reshape(steps, -1), None
+            order, maps = order.reshape(steps, -1, config.micro_batch_size), None
             if config.augment:
                 maps = augment.draw_affine(len(dataset.x_train), config.seed, epoch)[:used]
                 maps = maps.reshape(*order.shape, 2, 2)
@@ -189,7 +190,7 @@ def train(peer, config, dataset, report):
             for first in range(0, steps, per_call):
                 peer.run(slice(first, first + per_call))
                 if epoch == first == 0:
-                    stopwatch.end_first_step()
+                    stopwatch.end_first_call(order[:per_call].size)
             results = peer.read_epoch()
             stopwatch.end_training()
             if has_validation:
@@ -241,6 +242,7 @@ def main(create_peer, config, import_seconds):
         peer = create_peer(config)
     except ValueError as error:
         fail(error)
+    choose_micro_batch(config, is_on_gpu=peer.gpu_name is not None)
     versions = telemetry.read_versions(peer.backend)
     report = record.begin_record(
         "train",
@@ -259,12 +261,16 @@ def main(create_peer, config, import_seconds):
         lambda: train(peer, config, load_dataset(peer, config, report), report),
         f"lower --batch-size {config.batch_size}",
     )
+    device_peak, matmul = peer.device_peak_bytes(), None
+    if status == "ok":
+        matmul = measure_matmul(*peer.create_matmul(), peer.synchronize)
     record.finish_record(
         report,
         status,
         error,
+        matmul_flops_per_second=matmul,
         compiled_files=(cached, environment.count_compiled(peer.library, config.jit_compile)),
-        device_peak=peer.device_peak_bytes(),
+        device_peak=device_peak,
         host_peak_bytes=telemetry.host_peak_bytes(),
         total_seconds=time.perf_counter() - PROCESS_STARTED,
         warnings=telemetry.compare_conditions(machine, telemetry.read_conditions()),

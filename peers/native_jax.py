@@ -185,26 +185,31 @@ class Peer:
             figures = score(forward(parameters, images, key), labels).mean(axis=1)
             return figures[0], figures
 
-        def train_step(state, row, images, labels):
-            """One step on pictures gathered by index; state -> state, and its loss."""
-            index, maps = row
-            x = images[index] if maps is None else resample(images[index], maps)
-            step = state["step"] + 1
-            key = jax.random.fold_in(state["key"], step)
-            gradients, figures = jax.grad(compute_loss, has_aux=True)(
-                state["parameters"], x, labels[index], key
-            )
-            moments = state["first"], state["second"]
-            new = update_adamw(self.config, state["parameters"], gradients, *moments, step)
-            new = dict(zip(("parameters", "first", "second"), new))
-            return state | new | {"step": step, "sums": state["sums"] + figures}, None
-
         def train_steps(state, order, maps, images, labels):
-            if len(order) == 1:
-                row = jax.tree.map(lambda rows: rows[0], (order, maps))
-                return train_step(state, row, images, labels)[0]
-            step = partial(train_step, images=images, labels=labels)
-            return jax.lax.scan(step, state, (order, maps))[0]
+            def add_part(parameters, key, sums, part):
+                """Gradients and figures of pictures gathered by index, added to those before."""
+                number, index, maps = part
+                x = images[index] if maps is None else resample(images[index], maps)
+                found = jax.grad(compute_loss, has_aux=True)(
+                    parameters, x, labels[index], jax.random.fold_in(key, number)
+                )
+                return jax.tree.map(jnp.add, sums, found), None
+
+            def train_step(state, row):
+                step, parameters = state["step"] + 1, state["parameters"]
+                parts = len(row[0])
+                sums = jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(3)
+                key = jax.random.fold_in(state["key"], step)
+                sums, _ = jax.lax.scan(
+                    partial(add_part, parameters, key), sums, (jnp.arange(parts), *row)
+                )
+                gradients, figures = jax.tree.map(lambda total: total / parts, sums)
+                moments = state["first"], state["second"]
+                new = update_adamw(self.config, parameters, gradients, *moments, step)
+                new = dict(zip(("parameters", "first", "second"), new))
+                return state | new | {"step": step, "sums": state["sums"] + figures}, None
+
+            return jax.lax.scan(train_step, state, (order, maps))[0]
 
         self.train_steps = jit(train_steps, donate_argnums=0)
         self.forward = jit(forward)
@@ -262,6 +267,12 @@ class Peer:
 
     def place(self, images, labels):
         self.images, self.labels = jax.device_put(images), jax.device_put(labels)
+
+    def create_matmul(self):
+        size = 4096 if self.gpu_name else 2048
+        dtype = "bfloat16" if self.precision == "bfloat16" else "float32"
+        x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+        return lambda: x @ x, size
 
     def steps_per_call(self, steps):
         """On a GPU a call costs the host about as much as a small step costs the device."""

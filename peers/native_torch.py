@@ -9,6 +9,7 @@ are compiled, the update is the fused AdamW kernel, and no step waits for the de
 
 import sys
 import time
+from itertools import repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -209,14 +210,14 @@ class Peer:
             return self.model(pixels).float()
 
     def compute_loss(self, index, maps):
-        """Loss of a batch of training pictures, and all figures, without a gradient."""
+        """A part's share of a batch's loss; all its figures, without a gradient."""
         x = self.images[index].permute(0, 3, 1, 2).float()
         if maps is not None:
             x = resample(x, maps)
         logits, labels = self.forward(x), self.labels[index]
         with torch.no_grad():
             figures = score(logits, labels).mean(1)
-        return F.cross_entropy(logits, labels), figures
+        return F.cross_entropy(logits, labels) / self.order.shape[1], figures
 
     def score_batch(self, images, labels):
         return score(self.forward(images.permute(0, 3, 1, 2).float()), labels).sum(1)
@@ -238,6 +239,12 @@ class Peer:
         self.images = torch.from_numpy(images).to(self.device)
         self.labels = torch.from_numpy(labels).long().to(self.device)
 
+    def create_matmul(self):
+        size = 4096 if self.gpu_name else 2048
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        x = torch.randn(size, size, device=self.device).to(dtype)
+        return lambda: x @ x, size
+
     def steps_per_call(self, steps):
         return 1
 
@@ -248,15 +255,16 @@ class Peer:
 
     def run(self, rows):
         for row in range(rows.start, rows.stop):
-            maps = None if self.maps is None else self.maps[row]
-            loss, figures = self.compute_loss(self.order[row], maps)
-            loss.backward()
+            maps = repeat(None) if self.maps is None else self.maps[row]
+            for index, part_maps in zip(self.order[row], maps):
+                loss, figures = self.compute_loss(index, part_maps)
+                loss.backward()
+                self.sums += figures
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.sums += figures
 
     def read_epoch(self):
-        return (self.sums / len(self.order)).tolist()
+        return (self.sums / self.order[..., 0].numel()).tolist()
 
     @torch.no_grad()
     def evaluate(self, images, labels):

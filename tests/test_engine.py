@@ -25,13 +25,16 @@ def create(config=config, optimizer=None):
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")])
     return model
 
+def split(rows, parts=2):
+    return rows.reshape(len(rows), parts, -1, *rows.shape[2:])
+
 def train(model, order, apply=None, draws=None):
     engine.build_state(model, 20)
     training = engine.compile_train_steps(model, x, y, apply)
     losses = []
     for row in range(len(order)):
         rows = slice(row, row + 1)
-        found = training.run(order[rows], None if draws is None else draws[rows])
+        found = training.run(split(order[rows]), None if draws is None else split(draws[rows]))
         losses += [float(value) for value in found]
     training.sync()
     return losses, training
@@ -94,9 +97,9 @@ AGAIN = (
     + """
 def count():
     if backend == "jax":
-        return training.scan._cache_size()
+        return training.train_steps._cache_size()
     import torch
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return torch._dynamo.utils.counters["aot_autograd"]["total"]
 
 model = create(vit.ViTConfig(**flags))
 apply, draws = augment.apply_affine, augment.draw_affine(200, 0, 0).reshape(10, 20, 2, 2)
@@ -105,7 +108,7 @@ first, sizes = count(), []
 for epoch in range(1, 50):
     model.reset_metrics()
     for row in range(0, 10):
-        training.run(order[row:row + 1], draws[row:row + 1])
+        training.run(split(order[row:row + 1]), split(draws[row:row + 1]))
     training.sync()
     sizes.append(telemetry.host_rss_bytes())
 print(json.dumps([first, count(), max(sizes[-10:]) - max(sizes[5:15])]))
