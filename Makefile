@@ -1,4 +1,5 @@
 # make demo   compare JAX and PyTorch on this machine, on built-in pictures; no account, no download
+# make bench  the same for this project, plain Keras fit and models by hand; half an hour
 # make test   the whole test suite, and lint
 # Both create .venv first. On a GPU: make demo EXTRAS=...  (see the README)
 
@@ -9,6 +10,14 @@ comma := ,
 
 demo: $(STAMP)
 	.venv/bin/python compare.py --report report
+
+# What each way to train costs here: this project, Keras' own fit, the keras.io example, by hand.
+bench: $(STAMP)
+	.venv/bin/python compare.py --repeats 5 --report results/bench_cpu \
+	  --results-path results/bench_cpu.jsonl \
+	  --entries jax torch native-jax native-torch jax:--trainer=fit torch:--trainer=fit \
+	  keras-io-jax keras-io-torch -- --dataset cifar100 --validation-split 0 \
+	  --train-images 512 --test-images 100 --num-epochs 2
 
 test: $(STAMP) .venv/tests-installed
 	.venv/bin/ruff check .
@@ -27,4 +36,4 @@ $(STAMP): pyproject.toml
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache report results.jsonl wandb
 
-.PHONY: demo test clean
+.PHONY: demo bench test clean

@@ -29,24 +29,20 @@ IMPORT_SECONDS = common.IMPORT_SECONDS + time.perf_counter() - _import_started
 # The model
 
 
-@torch.library.custom_op(
-    "peers::draw_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
-def draw_mask(x: torch.Tensor, share: float) -> torch.Tensor:
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(share)
+def dropout(x, rate, key):
+    """Zero a share `rate` of x and scale the rest; nothing without a key, an int32 tensor.
 
-
-@draw_mask.register_fake
-def _(x, share):
-    return torch.empty_like(x, dtype=torch.bool)
-
-
-def dropout(x, rate, training):
-    """torch.nn.functional.dropout; but on a CPU inductor would draw its numbers one by one, so
-    there the mask comes from the eager generator, which is a vectorised library's."""
-    if x.is_cuda or not training or rate == 0:
-        return F.dropout(x, rate, training)
-    return x * draw_mask(x, 1 - rate) * (1 / (1 - rate))
+    The mask is a hash of the element's number (`lowbias32` of C. Wellons' "Hash Prospector", with
+    the key added before and between its rounds), which inductor fuses with what comes before and
+    after. On a CPU the masks of torch.nn.functional.dropout were a third of a step.
+    """
+    if key is None or rate == 0:
+        return x
+    bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + key
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * 0x21F0AAAD
+    bits = ((bits ^ (bits >> 15 & 0x1FFFF)) + key * 0x61C88647) * 0x735A2D97
+    keep = (bits ^ (bits >> 15 & 0x1FFFF)) & 0x7FFFFFFF >= round(rate * 2**31)
+    return torch.where(keep, x / (1 - rate), 0)
 
 
 class Attention(nn.Module):
@@ -57,15 +53,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.projection_dim, 3 * width)
         self.out = nn.Linear(width, config.projection_dim)
 
-    def forward(self, x):  # (batch, patches, dim)
+    def forward(self, x, key):  # (batch, patches, dim)
         batch, patches, _ = x.shape
         qkv = self.qkv(x).view(batch, patches, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, patches, size) each
-        if self.training and self.rate:
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
-            x = dropout(scores.softmax(-1, dtype=torch.float32), self.rate, True).to(v.dtype) @ v
-        else:
+        if key is None or self.rate == 0:
             x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+            x = dropout(scores.softmax(-1, dtype=torch.float32), self.rate, key).to(v.dtype) @ v
         return self.out(x.transpose(1, 2).reshape(batch, patches, -1))
 
 
@@ -75,9 +71,9 @@ class MLP(nn.Module):
         self.rate, widths = rate, (width, *units)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, units))
 
-    def forward(self, x):
+    def forward(self, x, keys):
         for layer in self.layers:
-            x = dropout(F.gelu(layer(x)), self.rate, self.training)
+            x = dropout(F.gelu(layer(x)), self.rate, next(keys))
         return x
 
 
@@ -89,13 +85,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.projection_dim, eps=1e-6)
         self.mlp = MLP(config.projection_dim, config.transformer_units, config.dropout)
 
-    def forward(self, x):
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, keys):
+        x = x + self.attention(self.norm1(x), next(keys))
+        return x + self.mlp(self.norm2(x), keys)
 
 
 class ViT(nn.Module):
-    """From pixels 0 to 255 (batch, 3, 32, 32) to logits (batch, classes)."""
+    """From pixels 0 to 255 (batch, 3, 32, 32) to logits (batch, classes); keys, int32 (dropouts,),
+    mean training."""
 
     def __init__(self, config, mean, variance):
         super().__init__()
@@ -111,16 +108,17 @@ class ViT(nn.Module):
         self.head = MLP(width, config.mlp_head_units, config.head_dropout)
         self.logits = nn.Linear((width, *config.mlp_head_units)[-1], config.num_classes)
 
-    def forward(self, pixels):
+    def forward(self, pixels, keys=None):
+        keys = repeat(None) if keys is None else iter(keys.unbind())
         batch, size, side = len(pixels), self.patch_size, self.image_size
         x = (pixels - self.mean) * self.scale
         x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
         x = x.view(batch, 3, side // size, size, side // size, size).permute(0, 2, 4, 3, 5, 1)
         x = self.patches(x.reshape(batch, -1, 3 * size * size)) + self.positions
         for block in self.blocks:
-            x = block(x)
-        x = dropout(self.norm(x).flatten(1), self.head_dropout, self.training)
-        return self.logits(self.head(x))
+            x = block(x, keys)
+        x = dropout(self.norm(x).flatten(1), self.head_dropout, next(keys))
+        return self.logits(self.head(x, keys))
 
     @torch.no_grad()
     def load_keras_weights(self, weights):
@@ -190,6 +188,8 @@ class Peer:
     def build(self, mean, variance):
         torch.manual_seed(self.config.seed)
         self.model = ViT(self.config, mean, variance).to(self.device)
+        blocks, head = self.config.transformer_layers, self.config.mlp_head_units
+        self.dropouts = blocks * (1 + len(self.config.transformer_units)) + 1 + len(head)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.config.learning_rate,
@@ -204,17 +204,20 @@ class Peer:
     def load_keras_weights(self, weights):
         self.model.load_keras_weights(weights)
 
-    def forward(self, pixels):
+    def forward(self, pixels, keys=None):
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return self.model(pixels).float()
+            return self.model(pixels, keys).float()
 
-    def compute_loss(self, index, maps):
-        """A part's share of a batch's loss; all its figures, without a gradient."""
+    def make_batch(self, index, maps):
+        """Pictures and labels by their indices. Not compiled with the model: inductor would make
+        each resampled pixel anew for each of the four taps of the resizing that follows."""
         x = self.images[index].permute(0, 3, 1, 2).float()
-        if maps is not None:
-            x = resample(x, maps)
-        logits, labels = self.forward(x), self.labels[index]
+        return x if maps is None else resample(x, maps), self.labels[index]
+
+    def compute_loss(self, x, labels, keys):
+        """A part's share of a batch's loss; all its figures, without a gradient."""
+        logits = self.forward(x, keys)
         with torch.no_grad():
             figures = score(logits, labels).mean(1)
         return F.cross_entropy(logits, labels) / self.order.shape[1], figures
@@ -257,7 +260,9 @@ class Peer:
         for row in range(rows.start, rows.stop):
             maps = repeat(None) if self.maps is None else self.maps[row]
             for index, part_maps in zip(self.order[row], maps):
-                loss, figures = self.compute_loss(index, part_maps)
+                keys = torch.randint(2**31, (self.dropouts,), dtype=torch.int32)
+                batch = self.make_batch(index, part_maps)
+                loss, figures = self.compute_loss(*batch, keys.to(self.device))
                 loss.backward()
                 self.sums += figures
             self.optimizer.step()
@@ -268,20 +273,16 @@ class Peer:
 
     @torch.no_grad()
     def evaluate(self, images, labels):
-        self.model.eval()
         sums = torch.zeros(3, device=self.device)
         for x, y in common.fill_batches(images, labels, self.config.batch_size):
             x, y = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
             sums += self.score_batch(x, y.long())
-        self.model.train()
         return (sums / len(images)).tolist()
 
     @torch.no_grad()
     def predict(self, images):
         """Logits of a batch, NumPy."""
-        self.model.eval()
         logits = self.forward(torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float())
-        self.model.train()
         return logits.cpu().numpy()
 
     def keep_weights(self):  # on the host, so as not to count as what training needs
