@@ -463,7 +463,7 @@ def test_runs_are_interleaved_and_flags_pass(bench, capsys):
 def test_dry_run_runs_nothing(bench, capsys, monkeypatch):
     monkeypatch.setenv("HERE", "/a folder")
     (bench / "peers").mkdir()
-    entries = ("--entries", "jax", "native-torch", "torch:--trainer=fit --seed=4")
+    entries = ("--entries", "jax", "native-torch", "keras-io-torch:--trainer=fit --seed=4")
     launcher = ("--launcher", "docker run -v $HERE:/app vit:ook-{image}")
     arguments = (*entries, *launcher, "--dry-run", "--repeats", 2, "--", "--use_wandb=True")
     assert run_main(*arguments) == 0
@@ -475,6 +475,7 @@ def test_dry_run_runs_nothing(bench, capsys, monkeypatch):
     )
     assert re.match(start + r"pytorch env \S+ python peers/native_torch.py --results", lines[1])
     assert "--keras-backend" not in lines[1] and "--seed 1 --use_wandb=True" in lines[1]
+    assert "python peers/keras_io.py --results" in lines[2]
     assert lines[2].endswith("--keras-backend torch --use_wandb=True --trainer=fit --seed=4")
     assert lines[3].split("--seed")[0] == lines[2].replace("-r1-", "-r2-").split("--seed")[0]
     assert "--no-use-wandb" not in "".join(lines)

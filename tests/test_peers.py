@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import BACKENDS, ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
 
+from harness.record import read_records
+
 NO_DROPOUT = ("--dropout=0", "--attention-dropout=0", "--head-dropout=0")
 # Ten classes, a small model and its full dropout: 2 s of training, to about 60 % of the test set.
 LEARNING = (
@@ -15,6 +17,7 @@ LEARNING = (
     *("--projection-dim=32", "--num-heads=2", "--transformer-layers=2", "--mlp-head-units=64"),
     *("--head-dropout=0.2", "--learning-rate=0.003"),
 )
+BOUND = 0.12
 COMPARE = """
 import dataclasses, json
 import keras
@@ -160,6 +163,33 @@ def test_training_takes_the_same_course(records):
     for name in ("loss", "val_loss"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
     assert ours["test_top5_accuracy"] == pytest.approx(theirs["test_top5_accuracy"], abs=0.03)
+
+
+def test_both_ways_to_learn_end_alike(backend, tmp_path):
+    """With dropout and augmentation on: their masks differ, what they lead to must not."""
+    run_vit(tmp_path, *LEARNING, backend=backend)
+    run_peer(tmp_path, backend, *LEARNING)
+    theirs, ours = (
+        record["quality"]["test_accuracy"]
+        for record in read_records(tmp_path / "results.jsonl")[0]
+    )
+    assert min(ours, theirs) > 0.3 and abs(ours - theirs) < BOUND
+
+
+def test_the_keras_io_example_is_the_same_model(backend, tmp_path):
+    flags = ("--keras-backend", backend, "--no-use-wandb", "--checkpoint-path=best.weights.h5")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "peers/keras_io.py"), *SMALL, *flags],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = read_last_record(tmp_path)
+    assert (theirs["backend"], theirs["config"]["trainer"]) == (f"keras-io-{backend}", "fit")
+    run_peer(tmp_path, backend, *SMALL, "--no-jit-compile")
+    assert read_last_record(tmp_path)["model"] == theirs["model"]
 
 
 # ---- the same ways to end ----------------------------------------------------------------------

@@ -54,6 +54,7 @@ def test_help_needs_no_keras(tmp_path, no_keras):
         (["--transformer-units", "64", "32"], "expected the last to be --projection-dim 64"),
         (["--checkpoint-path=x.h5"], "expected a name ending in .weights.h5, got x.h5"),
         (["--train-images=100"], "--batch-size: expected at most the 90 images"),
+        (["--micro-batch-size=100"], "expected a divisor of --batch-size 256, got 100"),
         (["--train-images=50001"], "--train-images: expected at most 50000"),
         (["--keras-backend=mxnet"], "expected one of jax, torch, tensorflow, got 'mxnet'"),
         (["--wandb-tags=[broken"], "--wandb-tags: expected a list"),
@@ -169,7 +170,11 @@ def test_the_record_tells_the_run(learned, backend):
     for name in ("import_seconds", "build_seconds", "compile_seconds", "start_seconds"):
         assert timing[name] > 0
     steady = sorted(timing["epoch_seconds"][1:])
-    assert timing["train_images_per_second"] * (steady[1] + steady[2]) / 2 == pytest.approx(5400)
+    speed = timing["train_images_per_second"]
+    assert speed * (steady[1] + steady[2]) / 2 == pytest.approx(5400)
+    used = 3 * record["model"]["flops_per_image"] * speed
+    assert timing["mfu"] == pytest.approx(used / timing["matmul_flops_per_second"])
+    assert f"{timing['mfu']:.0%} of matmul peak" in learned[1].stdout
     assert quality["train_images"] == 5400 and quality["validation_images"] == 600
     assert "synthetic" in quality["dataset"]
     assert record["memory"]["host_peak_bytes"] > record["memory"]["host_import_bytes"] > 1e8
@@ -244,6 +249,11 @@ def test_a_second_start_is_warm(tmp_path):
         run_vit(tmp_path, *SMALL, f"--seed={seed}", XDG_CACHE_HOME=str(tmp_path / "cache"))
         found.append(read_last_record(tmp_path)["timing"]["compile_cache"])
     assert found == ["cold", "warm"]
+
+
+def test_fit_trains_on_whole_batches(tmp_path):
+    done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--micro-batch-size=10")
+    assert done.returncode == 2 and "--micro-batch-size: expected none" in only_line(done)
 
 
 def test_quiet(tmp_path):
