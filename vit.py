@@ -659,16 +659,18 @@ def main(config, subject=None):
     cached = environment.count_compiled(engine.BACKEND, is_compiled(config))
     status, error, exit_code = ending.run_to_end(
         lambda: run_experiment(config, load_dataset(config, report), report, run),
-        f"lower --batch-size {config.batch_size}",
+        f"lower --micro-batch-size {config.micro_batch_size}"
+        if is_compiled(config)
+        else f"lower --batch-size {config.batch_size}",
     )
-    device_peak, matmul = engine.device_peak_bytes(), None
+    device_peak, matmul = engine.device_peak_bytes(), (None, None)
     if status == "ok":
-        matmul = measure_matmul(*engine.create_matmul(), engine.synchronize)
+        matmul = measure_matmul(engine.create_matmul, engine.synchronize)
     record.finish_record(
         report,
         status,
         error,
-        matmul_flops_per_second=matmul,
+        matmul=matmul,
         compiled_files=(cached, environment.count_compiled(engine.BACKEND, is_compiled(config))),
         device_peak=device_peak,
         host_peak_bytes=telemetry.host_peak_bytes(),

@@ -134,11 +134,10 @@ def check_config(config):
 
 def choose_micro_batch(config, is_on_gpu):
     """Set micro_batch_size where the user did not: to the batch, but on a CPU to the largest
-    divisor of it up to 64. There a part that large keeps all cores busy, and memory is for one."""
-    largest = config.batch_size if is_on_gpu else 64
-    config.micro_batch_size = config.micro_batch_size or max(
-        size for size in range(1, largest + 1) if config.batch_size % size == 0
-    )
+    divisor of it in 16 to 64, if any. Parts that large keep all cores busy, and memory is for one.
+    """
+    sizes = [] if is_on_gpu else [n for n in range(16, 65) if config.batch_size % n == 0]
+    config.micro_batch_size = config.micro_batch_size or max(sizes, default=config.batch_size)
 
 
 def check_writable(**paths):

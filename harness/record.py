@@ -125,7 +125,7 @@ def finish_record(
     status,
     error,
     *,
-    matmul_flops_per_second,
+    matmul,
     compiled_files,
     device_peak,
     host_peak_bytes,
@@ -135,9 +135,9 @@ def finish_record(
     """The last figures, and a reason for each that is missing.
 
     Args:
-        matmul_flops_per_second: what the device attains in a large matrix product; None where the
-            run failed. A training step counts as three forward passes (Chowdhery et al. 2022,
-            PaLM, appendix B: model FLOPs utilisation).
+        matmul: (operations a second that the device attains in a large matrix product, None), or
+            (None, why not). A training step counts as three forward passes (Chowdhery et al.
+            2022, PaLM, appendix B: model FLOPs utilisation).
         compiled_files: how many the compilation cache held before and after the run.
         device_peak: (bytes, source), or (None, why not).
         warnings: what disturbed the run.
@@ -156,12 +156,15 @@ def finish_record(
     else:
         memory["device_peak_source"] = told
     timing["total_seconds"] = total_seconds
-    rate, peak = timing["train_images_per_second"], matmul_flops_per_second
-    timing["matmul_flops_per_second"] = peak
-    if rate and peak:
-        timing["mfu"] = 3 * record["model"]["flops_per_image"] * rate / peak
+    rate = timing["train_images_per_second"]
+    timing["matmul_flops_per_second"], reason = matmul
+    if rate and reason is None and status == "ok":
+        used = 3 * record["model"]["flops_per_image"] * rate
+        timing["mfu"] = used / timing["matmul_flops_per_second"]
     elif status == "ok":
-        notes.append("timing.mfu: the training speed is not known")
+        notes.append(f"timing.mfu: {reason or 'the training speed is not known'}")
+    if reason:
+        notes.append(f"timing.matmul_flops_per_second: {reason}")
     notes += warnings
     if status != "ok":
         groups = dict.fromkeys(name.split(".")[0] for name in find_unexplained(record))
@@ -246,7 +249,8 @@ def summarize(record):
     timing, quality = record["timing"], record["quality"]
     versions, device = record["versions"], record["device"]
     lines = [
-        f"{record['backend']} {versions.get(record['backend'], '')}, keras {versions['keras']}, "
+        f"{record['backend']} {versions.get(record['backend'].rpartition('-')[2], '')}, "
+        f"keras {versions['keras']}, "
         f"{record['precision']}, on {device['name']} ({device['kind']})"
     ]
 

@@ -134,22 +134,37 @@ class Stopwatch:
         return timing, energy, notes
 
 
-def measure_matmul(multiply, size, synchronize, windows=5):
-    """Floating-point operations a second of a large matrix product, 2 a multiply-accumulate: the
-    best of several windows, so that a moment's disturbance does not lower it.
+def measure_matmul(create, synchronize, windows=5):
+    """Floating-point operations a second of large matrix products, 2 a multiply-accumulate: the
+    best of several windows, so that a moment's disturbance does not lower it, each long enough
+    for what the host does around it not to count.
 
     Args:
-        multiply: starts the product of two square matrices of `size` rows; not waited for.
+        create: gives (a function that starts a product of two square matrices, their rows).
         synchronize: a function that waits for the device.
+
+    Returns:
+        (operations a second, None), or (None, why not): a run is not lost for it.
     """
-    seconds = []
-    for _ in range(1 + windows):  # the first compiles
-        started = time.perf_counter()
-        product = multiply()  # held: a result that nobody holds need not be computed
-        synchronize()
-        seconds.append(time.perf_counter() - started)
-        del product
-    return 2 * size**3 / min(seconds[1:])
+    try:
+        multiply, size = create()
+
+        def time_products(count):
+            started = time.perf_counter()
+            for _ in range(count):
+                product = multiply()  # held: a result that nobody holds need not be computed
+            synchronize()
+            del product
+            return time.perf_counter() - started
+
+        time_products(1)  # compiles
+        count = 1
+        while time_products(count) < 0.05:
+            count *= 2
+        seconds = min(time_products(count) for _ in range(windows)) / count
+    except Exception as error:  # out of memory, say, in the backend's own words
+        return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return 2 * size**3 / seconds, None
 
 
 class Progress:

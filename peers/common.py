@@ -243,7 +243,6 @@ def main(create_peer, config, import_seconds):
     except ValueError as error:
         fail(error)
     choose_micro_batch(config, is_on_gpu=peer.gpu_name is not None)
-    versions = telemetry.read_versions(peer.backend)
     report = record.begin_record(
         "train",
         config=dataclasses.asdict(config),
@@ -251,7 +250,7 @@ def main(create_peer, config, import_seconds):
         precision=peer.precision,
         machine=machine,
         gpu_name=peer.gpu_name,
-        versions=versions | {peer.backend: versions[peer.library]},  # summaries look for the former
+        versions=telemetry.read_versions(peer.backend),
         git=telemetry.read_git(Path(__file__).parent),
     )
     report["timing"]["import_seconds"] = import_seconds
@@ -259,16 +258,16 @@ def main(create_peer, config, import_seconds):
     cached = environment.count_compiled(peer.library, config.jit_compile)
     status, error, exit_code = ending.run_to_end(
         lambda: train(peer, config, load_dataset(peer, config, report), report),
-        f"lower --batch-size {config.batch_size}",
+        f"lower --micro-batch-size {config.micro_batch_size}",
     )
-    device_peak, matmul = peer.device_peak_bytes(), None
+    device_peak, matmul = peer.device_peak_bytes(), (None, None)
     if status == "ok":
-        matmul = measure_matmul(*peer.create_matmul(), peer.synchronize)
+        matmul = measure_matmul(peer.create_matmul, peer.synchronize)
     record.finish_record(
         report,
         status,
         error,
-        matmul_flops_per_second=matmul,
+        matmul=matmul,
         compiled_files=(cached, environment.count_compiled(peer.library, config.jit_compile)),
         device_peak=device_peak,
         host_peak_bytes=telemetry.host_peak_bytes(),

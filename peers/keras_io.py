@@ -1,10 +1,10 @@
-"""The keras.io example as its page has it, trained by plain Keras `fit`: what users start from.
+"""The keras.io example's layers under plain Keras `fit`: what users start from.
 
     python peers/keras_io.py --keras-backend torch --dataset synthetic --num-epochs 2
 
 Model and flags of vit.py; but normalisation, resizing, flip, rotation and zoom are Keras'
 preprocessing layers inside the model, at the model's own size, attention is Keras' own, random
-numbers are the backend's, and batches come from the host.
+numbers are the backend's, and batches come from the host. Patches, order and record are vit.py's.
 (https://keras.io/examples/vision/image_classification_with_vision_transformer/)
 """
 

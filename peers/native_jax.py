@@ -284,7 +284,8 @@ class Peer:
 
     def run(self, rows):
         batches = self.order[rows], None if self.maps is None else self.maps[rows]
-        self.state = self.train_steps(self.state, *batches, self.images, self.labels)
+        with jax.disable_jit(not self.config.jit_compile):  # a scan would be compiled all the same
+            self.state = self.train_steps(self.state, *batches, self.images, self.labels)
 
     def read_epoch(self):
         return (jax.device_get(self.state["sums"]) / len(self.order)).tolist()

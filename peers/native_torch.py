@@ -3,8 +3,8 @@
     python peers/native_torch.py --dataset synthetic --num-epochs 2
 
 Same model, initial weights, pictures, order, augmentation, optimiser, figures, record, and exit
-codes as `vit.py --keras-backend torch`; no Keras. Gather, augmentation, forward and backward pass
-are compiled, the update is the fused AdamW kernel, and no step waits for the device.
+codes as `vit.py --keras-backend torch`; no Keras. Forward and backward pass are compiled, the
+update is the fused AdamW kernel, and no step waits for the device.
 """
 
 import sys
