@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The sweep of sweep_config.json on ojo, in its container: ./run_sweep_ojo.sh help
+set -euo pipefail
+cd "$(dirname "$0")"
+NODE=ojo
+DEVICE=(--runtime nvidia) # a Jetson's runtime refuses --gpus
+# A Jetson's GPU is only open to the groups of these files, video and render.
+for file in /dev/nvmap /dev/dri/renderD*; do
+  if [ -e "$file" ]; then DEVICE+=(--group-add "$(stat -c %g "$file")"); fi
+done
+# shellcheck source=harness/run_sweep.sh
+. harness/run_sweep.sh
+main "$@"
