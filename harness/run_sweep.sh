@@ -66,7 +66,7 @@ count_ok() {
 # sweep_one jax|pytorch: RESULT is what came of it. Returns 1 where that is nothing.
 sweep_one() {
   local image="vit:$NODE-$1" backend=${1/pytorch/torch} file=".cache/sweep-$NODE-$1.yaml"
-  local output id ok
+  local site=${WANDB_BASE_URL:-https://wandb.ai} output id ok
   RESULT="the image was not built"
   run docker build -f "Dockerfile.$NODE.$1" -t "$image" . || return 1
   if [ -n "${LOCAL:-}" ]; then
@@ -85,12 +85,12 @@ sweep_one() {
       id=SWEEP_ID
     else
       output=$(in_container "$image" "$@" 2>&1) || { echo "$output" >&2 && return 1; }
-      id=$(sed -nE 's/.*wandb agent ([^ ]+).*/\1/p' <<<"$output")
+      id=$(sed -nE 's/.*wandb agent ([[:alnum:]_./-]+).*/\1/p' <<<"$output")
       if [ -z "$id" ]; then echo "$output" >&2 && return 1; fi
     fi
   fi
   id=${id##*/}
-  RESULT="https://wandb.ai/$WANDB_ENTITY/$WANDB_PROJECT/sweeps/$id"
+  RESULT="${site/\/\/api./\/\/}/$WANDB_ENTITY/$WANDB_PROJECT/sweeps/$id"
   echo "$NODE $backend: $RESULT (to join: SWEEP_ID=$id)"
   ok=$(count_ok)
   in_container "$image" wandb agent ${COUNT:+--count "$COUNT"} \
@@ -114,7 +114,7 @@ main() {
   if [ -n "${SWEEP_ID:-}" ] && [ "$1" = both ]; then
     refuse "SWEEP_ID: a sweep is of one backend: expected jax or pytorch with it, got both"
   fi
-  read_env WANDB_API_KEY WANDB_ENTITY WANDB_PROJECT
+  read_env WANDB_API_KEY WANDB_ENTITY WANDB_PROJECT WANDB_BASE_URL
   export WANDB_PROJECT=${WANDB_PROJECT:-keras3_edge_baseline}
   for name in WANDB_API_KEY WANDB_ENTITY; do
     if [ -z "${LOCAL:-}" ] && [ -z "${!name:-}" ]; then
