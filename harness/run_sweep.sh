@@ -103,7 +103,7 @@ sweep_one() {
 }
 
 main() {
-  local frameworks framework code=0 lines=()
+  local frameworks framework name code=0 lines=()
   case ${1:-} in
     jax | pytorch) frameworks=("$1") ;;
     both) frameworks=(jax pytorch) ;;
