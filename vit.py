@@ -79,6 +79,7 @@ class ViTConfig:
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
     jit_compile: bool = True  # off: plain Keras fit, not compiled
     trainer: Literal["compiled", "fit"] = "compiled"  # fit: Keras' own loop with its defaults
+    allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     # files and logs
     checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")  # the best weights
     results_path: Path = Path("results.jsonl")  # the record is appended here
@@ -635,6 +636,10 @@ def main(config, subject=None):
                 f"PyTorch compiles with {compiler}, which is not here: install it, or --trainer fit"
             )
     machine = telemetry.describe_machine()  # before the backend touches the GPU
+    is_told = config.allow_cpu or os.environ.get("JAX_PLATFORMS") == "cpu"
+    if os.environ.get("VIT_EXPECT_GPU") == "1" and not is_told and not engine.on_gpu():
+        remedy = "docker run --gpus all (on a Jetson --runtime nvidia), or --allow-cpu"
+        fail(f"expected a GPU, for which this image is made, got none: {remedy}")
     try:
         precision = engine.set_precision(config.precision)
     except ValueError as error:
