@@ -59,7 +59,16 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from harness import tracking
-from harness.record import KEYS, RecordError, append_record, create_record, read_records, reason_for
+from harness.cli import list_flags
+from harness.record import (
+    KEYS,
+    RecordError,
+    append_record,
+    create_record,
+    dig,
+    read_records,
+    reason_for,
+)
 
 ROOT = Path(__file__).resolve().parent
 SUBJECTS = {  # name: (module and pip extra, {image} of the launcher, program; None is --script)
@@ -103,12 +112,6 @@ class CompareConfig:
 
 
 # ---- What to run ---------------------------------------------------------------------------------
-
-
-def list_flags(words):
-    """Names of the flags: `--use_wandb=True`, `--no-use-wandb` -> {"use-wandb"}"""
-    names = [word[2:].split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
-    return {name.removeprefix("no-") for name in names}
 
 
 def parse_entry(text, config):
@@ -352,13 +355,6 @@ def find_break_even(start, epoch, other_start, other_epoch):
 
 
 # ---- What a record says: (value, None), or (None, why not) ---------------------------------------
-
-
-def dig(record, dotted):
-    """The value at "timing.compile_seconds", None where any part of the way is missing"""
-    for key in dotted.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
 
 
 def get_field(record, dotted, scale=1):

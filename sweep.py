@@ -47,16 +47,12 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import study as studies
-from harness.cli import parse
-from harness.record import RecordError, read_records, reason_for
+from harness.cli import list_flags, parse
+from harness.record import RecordError, dig, read_records, reason_for
+from harness.study import BadInput
 
 ROOT = Path(__file__).resolve().parent
 FAILURES = 3  # errors in a row that end a sweep
-RANGES = {  # distribution of a sweep file: (method of optuna.Trial, its options)
-    "int_uniform": ("suggest_int", {}),
-    "uniform": ("suggest_float", {}),
-    "log_uniform_values": ("suggest_float", {"log": True}),
-}
 
 
 @dataclass
@@ -74,10 +70,6 @@ class SweepConfig:
     script: str = "vit.py"  # what a trial runs, e.g. another checkout's vit.py
 
 
-class BadInput(Exception):
-    """One line for the user: what was expected, what came, what to do. Exit status 2."""
-
-
 class TrialFailed(Exception):
     """A trial that is marked as failed; the sweep goes on."""
 
@@ -85,56 +77,11 @@ class TrialFailed(Exception):
 # ---- What to search ------------------------------------------------------------------------------
 
 
-def list_flags(words):
-    """Parameters that flags set: `--num-epochs=3`, `--no-augment` -> {"num_epochs", "augment"}"""
-    names = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-    return {name.removeprefix("no_") for name in names}
-
-
 def list_words(parameters, work):
     """The flags of a run; it is logged to W&B only where those after -- say so"""
-    words = [] if "use_wandb" in list_flags(work) else ["--no-use-wandb"]
+    words = [] if "use-wandb" in list_flags(work) else ["--no-use-wandb"]
     words += [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
     return [*words, *work]
-
-
-def read_sweep(path, backend, work):
-    """A sweep file's (content, parameters to search as read_parameter gives them, constants)"""
-    try:
-        sweep = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--config: expected a sweep file in JSON, got {path}: {error}") from error
-    known = {
-        "method": ("random", "grid", "bayes"),
-        "metric.goal": ("maximize", "minimize"),
-        "early_terminate.type": ("hyperband", None),
-    }
-    for field, accepted in known.items():
-        if (got := dig(sweep, field)) not in accepted:
-            expected = " or ".join(filter(None, accepted))
-            raise BadInput(f"{path}: {field}: expected {expected}, got {got!r}")
-    given = sweep["parameters"] | ({"keras_backend": {"value": backend}} if backend else {})
-    given = {name: given[name] for name in given if name not in list_flags(work)}
-    constants = {name: spec["value"] for name, spec in given.items() if "value" in spec}
-    space = {n: read_parameter(path, n, spec) for n, spec in given.items() if n not in constants}
-    for name, (_, options) in space.items():
-        if sweep["method"] == "grid" and "choices" not in options:
-            raise BadInput(f"{path}: {name}: expected values for a grid; or take the method random")
-    return sweep, space, constants
-
-
-def read_parameter(path, name, spec):
-    """{"distribution": "log_uniform_values", "min": ...} -> ("suggest_float", {"low": ...})"""
-    if set(spec) <= {"values", "distribution"} and spec.get("values"):
-        return "suggest_categorical", {"choices": spec["values"]}
-    low, high = spec.get("min"), spec.get("max")
-    is_whole = isinstance(low, int) and isinstance(high, int)
-    kind = spec.get("distribution", "int_uniform" if is_whole else "uniform")
-    if kind not in RANGES or None in (low, high) or set(spec) > {"min", "max", "distribution"}:
-        known = f"value, values, or min and max with {', '.join(RANGES)}"
-        raise BadInput(f"{path}: {name}: expected {known}; got {json.dumps(spec)}")
-    method, options = RANGES[kind]
-    return method, {"low": low, "high": high, **options}
 
 
 def read_budget(texts):
@@ -150,13 +97,6 @@ def read_budget(texts):
     return budget
 
 
-def dig(record, dotted):
-    """The value at "timing.total_seconds", None where any part of the way is missing"""
-    for key in dotted.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
 # ---- A trial -------------------------------------------------------------------------------------
 
 
@@ -164,7 +104,9 @@ class Runner:
     """Runs a trial in a process of its own: Optuna calls it, and gets the best epoch's metric"""
 
     def __init__(self, config, work, console):
-        self.sweep, self.space, self.constants = read_sweep(config.config, config.backend, work)
+        fixed = {"keras_backend": {"value": config.backend}} if config.backend else {}
+        self.sweep = studies.read_sweep(config.config, fixed, leave_out=list_flags(work))
+        self.space, self.constants = self.sweep["space"], self.sweep["constants"]
         self.config, self.work, self.console = config, work, console
         self.budget = read_budget(config.budget)
         self.metric = self.sweep["metric"]["name"]
@@ -376,31 +318,13 @@ def print_report(report, console, shown=10):
     console.print(report["command"], soft_wrap=True)
 
 
-def create_plots(study, report, metric):
-    """{title: figure, or a sentence that says why there is none}"""
-    show, plots = optuna.visualization, {}
-    complete = [trial for trial in report["trials"] if trial.state == TrialState.COMPLETE]
-    if len({trial.value for trial in complete}) < 2:
-        return {"Plots": "They need two trials that completed, with different results."}
-    plots["History"] = show.plot_optimization_history(study, target_name=metric)
-    plots["Importance of the parameters (PED-ANOVA)"] = show.plot_param_importances(study)
-    plots["Parallel coordinates"] = show.plot_parallel_coordinate(study, target_name=metric)
-    for fact, name, unit in (("seconds", "training, s", 1), ("peak_bytes", "peak, MiB", 2**20)):
-        known = [trial for trial in complete if trial.user_attrs.get(fact)]
-        front = studies.mirror_study(study, known, lambda t, f=fact, u=unit: t.user_attrs[f] / u)
-        title = f"Pareto front: {metric} against {name}"
-        figure = show.plot_pareto_front(front, target_names=[metric, name]) if known else None
-        plots[title] = figure or "No trial measured it."
-    return plots
-
-
 def write_report(study, report, metric, path):
     """One page that needs nothing from elsewhere"""
     import jinja2
     import plotly.io
 
     plots, library = {}, True  # plotly's own code stands in the page once
-    for title, figure in create_plots(study, report, metric).items():
+    for title, figure in studies.create_plots(study, report["trials"], metric).items():
         if not isinstance(figure, str):
             figure.update_layout(title=None, template="plotly_white")
             options = {"full_html": False, "include_plotlyjs": library, "div_id": f"p{len(plots)}"}
@@ -418,8 +342,8 @@ def write_report(study, report, metric, path):
 
 def run_sweep(config, work, console):
     """Search and report; returns the exit status"""
-    if fixed := list_flags(work) & {"results_path", "checkpoint_path"}:
-        raise BadInput(f"--{min(fixed).replace('_', '-')} cannot stand after --: leave it out")
+    if fixed := list_flags(work) & {"results-path", "checkpoint-path"}:
+        raise BadInput(f"--{min(fixed)} cannot stand after --: leave it out")
     runner = Runner(config, work, console)
     told = json.dumps([runner.sweep, work]).encode()
     name = f"{config.backend or 'all'}-{hashlib.sha256(told).hexdigest()[:8]}"
@@ -429,19 +353,13 @@ def run_sweep(config, work, console):
     config.report = config.report or Path(f"{stem}.html")
     if not config.storage:
         Path("results").mkdir(exist_ok=True)
-    epochs = runner.space.get("num_epochs", ("", {}))[1]
-    longest = max(epochs.get("choices", [epochs.get("high", 0)]))
-    longest = longest or runner.constants.get("num_epochs", "auto")
-    try:
-        study = studies.open_study(
-            config.study,
-            config.storage or f"sqlite:///{stem}.db",
-            direction=runner.sweep["metric"]["goal"],
-            sampler=studies.create_sampler(runner.sweep["method"], runner.space),
-            pruner=studies.create_pruner(runner.sweep.get("early_terminate"), longest),
-        )
-    except ValueError as error:
-        raise BadInput(f"--storage: {error}") from error
+    study = studies.open_study(
+        config.study,
+        config.storage or f"sqlite:///{stem}.db",
+        direction=runner.sweep["metric"]["goal"],
+        sampler=studies.create_sampler(runner.sweep["method"], runner.space),
+        pruner=studies.create_pruner(runner.sweep),
+    )
     console.print(f"study {config.study}: {runner.metric}, {runner.count} trials")
     status = 0
     try:

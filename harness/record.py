@@ -222,6 +222,13 @@ def reason_for(record, name):
     return None
 
 
+def dig(record, dotted):
+    """The value at "timing.compile_seconds", None where any part of the way is missing"""
+    for key in dotted.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
 def summarize(record):
     """A training record in at most ten lines that a person can read."""
     timing, quality = record["timing"], record["quality"]

@@ -197,7 +197,7 @@ def test_wandb_sweep_and_agent(tmp_path):
     ],
 )
 def test_parameters_of_a_sweep_file(spec, read):
-    assert sweep.read_parameter("file", "name", spec) == read
+    assert studies.read_parameter("file", "name", spec) == read
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,14 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, changes, flags, to
 
 
 def test_hyperband_is_mapped():
-    pruner = studies.create_pruner({"type": "hyperband", "min_iter": 3, "eta": 2}, 40)
+    fixed = {"space": {}, "constants": {"num_epochs": 40}}
+    rules = {"type": "hyperband", "min_iter": 3, "eta": 2}
+    pruner = studies.create_pruner(fixed | {"early_terminate": rules})
     assert (pruner._min_resource, pruner._max_resource, pruner._reduction_factor) == (3, 40, 2)
-    pruner = studies.create_pruner({"type": "hyperband", "max_iter": 27, "s": 2}, 40)
+    rules = {"type": "hyperband", "max_iter": 27, "s": 2}
+    pruner = studies.create_pruner(fixed | {"early_terminate": rules})
     assert pruner._min_resource == 3
-    assert isinstance(studies.create_pruner(None, 40), optuna.pruners.NopPruner)
+    assert isinstance(studies.create_pruner(fixed), optuna.pruners.NopPruner)
 
 
 # ---- sweep.py with a stand-in for vit.py ---------------------------------------------------------
