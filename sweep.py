@@ -116,11 +116,21 @@ class Runner:
         self.count = min(config.count, math.prod(grid)) if is_grid else config.count
 
     def __call__(self, trial):
+        try:
+            return self.measure(trial)
+        except KeyboardInterrupt:
+            studies.requeue(trial.study, trial, trial.user_attrs.get("attempt", 1))
+            raise
+
+    def measure(self, trial):
         origins = sorted(studies.find_origin(item) for item in studies.list_latest(trial.study))
         if origins.index(studies.find_origin(trial)) >= self.count:
             give_up(trial, "surplus", "another worker was quicker")
         trial.set_user_attr("node", platform.node())
-        sampled = {n: getattr(trial, m)(n, **options) for n, (m, options) in self.space.items()}
+        try:
+            sampled = {n: getattr(trial, m)(n, **options) for n, (m, options) in self.space.items()}
+        except ValueError as error:  # the study was begun with other choices of a parameter
+            raise BadInput(f"--study {self.config.study}: {error} Take another name.") from error
         record_id = f"sweep-{self.config.study}-t{trial.number}"
         values, is_pruned, last_line = self.run(trial, sampled, record_id)
         record = find_record(self.config.results_path, record_id)
@@ -151,7 +161,8 @@ class Runner:
         values, is_pruned, script = [], False, Path(self.config.script)
         environment = {**os.environ, "VIT_RECORD_ID": record_id, "VIT_EPOCHS": "/dev/stdout"}
         environment.setdefault("WANDB_RUN_GROUP", self.config.study)
-        progress = self.console.status(f"trial {trial.number}")  # seen on a terminal only
+        # Seen on a terminal only, and seldom drawn: the trial is being measured.
+        progress = self.console.status(f"trial {trial.number}", refresh_per_second=1)
         with tempfile.TemporaryDirectory() as folder, progress:
             command = [sys.executable, str(script if script.exists() else ROOT / script)]
             command += ["--no-verbose", f"--results-path={self.config.results_path}"]
@@ -179,9 +190,6 @@ class Runner:
                         break
                 else:
                     child.wait()
-            except KeyboardInterrupt:
-                studies.requeue(trial.study, trial, trial.user_attrs.get("attempt", 1))
-                raise
             finally:
                 stop_child(child)
             lines = Path(folder, "stderr").read_text(errors="replace").split("\n")
@@ -227,7 +235,7 @@ def find_record(path, record_id):
 
 def run_trials(study, runner):
     """Until the study has its trials and none is running; raises TrialFailed after FAILURES"""
-    errors = []
+    errors, is_told = [], False
 
     def tell(study, trial):
         state, error = studies.name_state(trial), trial.user_attrs.get("error")
@@ -250,8 +258,10 @@ def run_trials(study, runner):
         if len(studies.list_latest(study)) < runner.count or TrialState.WAITING in states:
             study.optimize(runner, n_trials=1, catch=(TrialFailed,), callbacks=[tell])
         elif TrialState.RUNNING in states:  # another worker's: if it dies, its trial is ours
-            with runner.console.status("waiting for the trials of other workers"):
-                time.sleep(1)
+            if not is_told:
+                runner.console.print("waiting for the trials of other workers")
+            is_told = True
+            time.sleep(1)
         else:
             return
     raise TrialFailed(f"{FAILURES} errors in a row, the last: {errors[-1]}")
@@ -304,10 +314,7 @@ def create_report(study, runner):
 
 
 def print_report(report, console, shown=10):
-    """Failures, a table of the best, and the command line of the best of all"""
-    for trial in report["trials"]:
-        if "error" in trial.user_attrs:
-            console.print(f"trial {trial.number}: {trial.user_attrs['error']}")
+    """A table of the best, and the command line of the best of all"""
     table = Table(*report["header"])
     for trial in report["trials"][:shown]:
         table.add_row(*report["rows"][trial.number])

@@ -440,6 +440,12 @@ def test_interrupted_and_resumed(bench, number):
     assert len(rates) == 3 and rates[2] == rates[1] != rates[0]
 
 
+def test_a_study_of_another_space(bench):
+    run_sweep(bench, "--count=1")
+    write_sweep(bench, parameters={"num_heads": {"values": [2, 8]}, "num_epochs": {"value": 1}})
+    assert "--study s: Categorical" in run_sweep(bench, "--count=2", expected=2)
+
+
 def test_report_alone(bench):
     output = run_sweep(bench, "--count=0", expected=1)
     assert "none was begun" in output and "report: results/sweep-s.html" in output
