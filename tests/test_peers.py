@@ -170,8 +170,7 @@ def test_both_ways_to_learn_end_alike(backend, tmp_path):
     run_vit(tmp_path, *LEARNING, backend=backend)
     run_peer(tmp_path, backend, *LEARNING)
     theirs, ours = (
-        record["quality"]["test_accuracy"]
-        for record in read_records(tmp_path / "results.jsonl")[0]
+        record["quality"]["test_accuracy"] for record in read_records(tmp_path / "results.jsonl")[0]
     )
     assert min(ours, theirs) > 0.3 and abs(ours - theirs) < BOUND
 

@@ -1,21 +1,22 @@
-"""run_sweep_*.sh, with a docker that runs containers' commands right here, and W&B's real programs
-against a server of our own on loopback."""
+"""run_sweep_*.sh, with a docker that runs containers' commands right here and W&B's real programs
+against a stand-in for its server."""
 
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, SMALL, child_environment, read_last_record
+from wandb_server import SWEEP, WandbServer
 
 from harness import sweep_file
 
 KEY = "k" * 40
+ACCOUNT = {"WANDB_API_KEY": KEY, "WANDB_ENTITY": "us"}
 DOCKER = """#!/usr/bin/env bash
 echo "docker $*" >>"$LOG"
 case "$*" in *"${FAIL:-nothing}"*) exit 7 ;; esac
@@ -24,7 +25,7 @@ while [[ $1 != vit:* ]]; do shift; done
 shift
 exec "$@"
 """
-SWEEP = {
+CONFIG = {
     "name": "small",
     "program": "vit.py",
     "method": "grid",
@@ -37,61 +38,6 @@ SWEEP = {
 }
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """What `wandb sweep` and `wandb agent` ask of a server: `sweep` becomes what was created,
-    `trials` are handed out, one by one."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.sweep, self.trials, self.unknown = None, [], []
-
-    def answer(self, query, variables):
-        if "UpsertSweep" in query:
-            self.sweep = variables
-            project = {"id": "p", "name": variables["projectName"], "entity": {"id": "e"}}
-            project["entity"]["name"] = variables["entityName"]
-            sweep = {"name": "abc123", "project": project}
-            return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
-        if "SweepWithRuns" in query:
-            sweep = {"id": "s", "name": "abc123", "config": self.sweep["config"], "runs": {}}
-            return {"project": {"sweep": sweep | {"runs": {"edges": []}}}}
-        if "CreateAgent" in query:
-            return {"createAgent": {"agent": {"id": "a"}}}
-        if "Heartbeat" in query:
-            commands = []
-            if "true" not in variables["runState"]:  # the last one is done
-                commands = [self.trials.pop(0)] if self.trials else [{"type": "exit"}]
-            return {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}
-        if "viewer" in query.lower():
-            viewer = {"id": "v", "entity": "us", "username": "us", "flags": "{}"}
-            return {"viewer": viewer | {"teams": {"edges": []}}}
-        self.unknown.append(query)
-        return {}
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = self.server.answer(asked["query"], asked.get("variables") or {})
-        body = json.dumps({"data": answer}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def server():
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what the scripts use, with a small sweep and a docker of our own on the PATH."""
@@ -99,7 +45,7 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "harness", folder / "harness")
     for name in ("vit.py", "run_sweep_ook.sh", "run_sweep_ojo.sh"):
         shutil.copy(ROOT / name, folder)
-    text = json.dumps(SWEEP).replace("1e-05", "0.00001")  # which YAML 1.1 would take for a word
+    text = json.dumps(CONFIG).replace("1e-05", "0.00001")  # which YAML 1.1 would take for a word
     (folder / "sweep_config.json").write_text(text)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "docker").write_text(DOCKER)
@@ -127,47 +73,39 @@ def run_sweep(checkout, *arguments, script="run_sweep_ook.sh", **environment):
     return done
 
 
-def test_a_sweep_of_two_trials(checkout, server):
-    rates = (0.00001, 0.001)
-    for number, rate in enumerate(rates):
-        values = {"learning_rate": rate, "keras_backend": "jax", "node_name": "ook"}
-        run = {"type": "run", "run_id": f"run{number}", "program": "vit.py"}
-        server.trials.append(run | {"args": {k: {"value": v} for k, v in values.items()}})
-    secret = {"WANDB_API_KEY": KEY, "WANDB_ENTITY": "us", "WANDB_MODE": "offline"}
-    url = f"http://127.0.0.1:{server.server_port}"
-    done = run_sweep(checkout, "jax", COUNT="2", WANDB_BASE_URL=url, **secret)
+def test_a_sweep_of_two_trials(checkout):
+    rates = [0.00001, 0.001]
+    trials = [{"learning_rate": r, "keras_backend": "jax", "node_name": "ook"} for r in rates]
+    with WandbServer(trials) as server:
+        where = {"WANDB_BASE_URL": server.url, "WANDB_MODE": "offline"}
+        done = run_sweep(checkout, "jax", COUNT="2", **ACCOUNT, **where)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"jax: {url}/us/keras3_edge_baseline/sweeps/abc123" in done.stdout
+    assert f"jax: {server.url}/us/keras3_edge_baseline/sweeps/{SWEEP}" in done.stdout.splitlines()
     # created as W&B reads it: named, its node and backend fixed, 1e-05 a number
-    import yaml
-
-    created = yaml.safe_load(server.sweep["config"])
-    assert (server.sweep["entityName"], created["name"]) == ("us", "small-ook-jax")
+    (created,) = map(yaml.safe_load, server.sweeps)
+    assert created["name"] == "small-ook-jax"
     assert created["parameters"]["node_name"]["value"] == "ook"
     assert created["parameters"]["keras_backend"]["value"] == "jax"
-    assert created["parameters"]["learning_rate"]["values"] == list(rates)
+    assert created["parameters"]["learning_rate"]["values"] == rates
     # both trials ran, with the sweep's values
     records = [json.loads(line) for line in (checkout / "results.jsonl").open()]
-    assert [record["config"]["learning_rate"] for record in records] == list(rates)
+    assert [record["config"]["learning_rate"] for record in records] == rates
     assert read_last_record(checkout)["config"]["node_name"] == "ook"
     assert {record["status"] for record in records} == {"ok"}
     assert len(list(checkout.glob("wandb/offline-run-*"))) == 2
     # the key is handed on by its name alone
     assert all(KEY not in line for line in done.docker)
     assert all("-e WANDB_API_KEY " in line for line in done.docker if " run " in line)
-    assert server.unknown == []
 
 
-def test_an_agent_whose_trials_fail_is_no_success(checkout, server):
-    bad = {"learning_rate": {"value": -1}}
-    server.trials = [{"type": "run", "run_id": "r", "program": "vit.py", "args": bad}]
-    server.sweep = {"config": json.dumps(SWEEP)}
-    url = f"http://127.0.0.1:{server.server_port}"
-    secret = {"WANDB_API_KEY": KEY, "WANDB_ENTITY": "us", "WANDB_MODE": "offline"}
-    done = run_sweep(checkout, "jax", SWEEP_ID="abc123", WANDB_BASE_URL=url, **secret)
+def test_an_agent_whose_trials_fail_is_no_success(checkout):
+    with WandbServer([{"learning_rate": -1}]) as server:
+        server.sweeps = [json.dumps(CONFIG)]
+        where = {"WANDB_BASE_URL": server.url, "WANDB_MODE": "offline"}
+        done = run_sweep(checkout, "jax", SWEEP_ID=SWEEP, **ACCOUNT, **where)
     assert done.returncode == 1
     assert "jax: failed: no trial ended well" in done.stdout
-    assert not any("wandb sweep" in line for line in done.docker)  # it was joined
+    assert len(server.sweeps) == 1  # it was joined
 
 
 @pytest.mark.parametrize("script, flags", [("ook", "--gpus all"), ("ojo", "--runtime nvidia")])
@@ -224,8 +162,7 @@ def test_what_cannot_work_is_refused_before_anything_is_built(
 
 
 def test_a_sweep_that_cannot_be_created(checkout):
-    secret = {"WANDB_API_KEY": KEY, "WANDB_ENTITY": "us"}
-    done = run_sweep(checkout, "jax", FAIL="wandb sweep", **secret)
+    done = run_sweep(checkout, "jax", FAIL="wandb sweep", **ACCOUNT)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "jax: failed: the sweep was not created"
 
