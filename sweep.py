@@ -254,10 +254,15 @@ def run_trials(study, runner):
 
     while len(errors) < FAILURES:
         optuna.storages.fail_stale_trials(study)
-        states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        if len(studies.list_latest(study)) < runner.count or TrialState.WAITING in states:
+        trials = study.get_trials(deepcopy=False)
+        is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        # One whose worker died before its first sign of life runs for ever, and is on no node.
+        is_running = any(
+            trial.state == TrialState.RUNNING and "node" in trial.user_attrs for trial in trials
+        )
+        if len(studies.list_latest(study)) < runner.count or is_waiting:
             study.optimize(runner, n_trials=1, catch=(TrialFailed,), callbacks=[tell])
-        elif TrialState.RUNNING in states:  # another worker's: if it dies, its trial is ours
+        elif is_running:  # another worker's: if it dies, its trial is ours
             if not is_told:
                 runner.console.print("waiting for the trials of other workers")
             is_told = True

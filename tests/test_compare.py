@@ -426,7 +426,7 @@ def test_the_files_agree_and_load_nothing(bench):
 @pytest.mark.parametrize("folder", [[], ["--report=report"]])
 def test_a_report_is_uploaded(bench, monkeypatch, folder):
     """As far as an offline run shows it: the page, the medians, and all files as an artifact"""
-    for name in ("WANDB_API_KEY", "WANDB_PROJECT"):
+    for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(bench / "no-netrc"))
     path = write_file(bench / "results.jsonl", pair_up())
