@@ -212,7 +212,7 @@ def test_parameters_of_a_sweep_file(spec, read):
         ({}, ["--", "--results-path=x"], "--results-path cannot stand after --"),
         ({"method": "guess"}, [], "method: expected random or grid or bayes, got 'guess'"),
         ({"metric": {"name": "loss"}}, [], "metric.goal: expected maximize or minimize, got None"),
-        ({"method": "grid"}, [], "learning_rate: expected values for a grid"),
+        ({"method": "grid"}, [], "learning_rate: expected values, for a grid"),
         ({"parameters": {"a": {"mu": 1}}}, [], "expected value, values, or min and max with"),
     ],
 )
