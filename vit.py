@@ -656,16 +656,17 @@ def main(config, subject=None):
     )
     report["timing"]["import_seconds"] = IMPORT_SECONDS
     report["memory"]["host_import_bytes"] = IMPORT_BYTES
+    runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
     cached = environment.count_compiled(engine.BACKEND, is_compiled(config))
     status, error, exit_code = ending.run_to_end(
-        lambda: run_experiment(config, load_dataset(config, report), report, run),
+        lambda: run_experiment(config, data.load_for_run(config, report, runner), report, run),
         f"lower --micro-batch-size {config.micro_batch_size}"
         if is_compiled(config)
         else f"lower --batch-size {config.batch_size}",
     )
     device_peak, matmul = engine.device_peak_bytes(), (None, None)
     if status == "ok":
-        matmul = measure_matmul(engine.create_matmul, engine.synchronize)
+        matmul = measure_matmul(engine.create_matmul, engine.synchronize, report["device"]["kind"])
     record.finish_record(
         report,
         status,
@@ -681,25 +682,6 @@ def main(config, subject=None):
     if run is not None:
         finish_wandb(run, report, exit_code)
     return exit_code or (0 if is_written else ending.NOT_WRITTEN)
-
-
-def load_dataset(config, report):
-    """The data set of a run; what it is goes into the record, and to a person."""
-    started = time.perf_counter()
-    dataset = data.load_dataset(
-        config.dataset,
-        num_classes=config.num_classes,
-        train_images=config.train_images,
-        test_images=config.test_images,
-        validation_split=config.validation_split,
-        seed=config.seed,
-    )
-    report["timing"]["data_seconds"] = time.perf_counter() - started
-    report["quality"] |= dataset.describe()
-    if config.verbose:
-        where = engine.gpu_name() or "the CPU"
-        print(f"{keras.backend.backend()} on {where}: {dataset.summarize()}", flush=True)
-    return dataset
 
 
 if __name__ == "__main__":

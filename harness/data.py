@@ -10,6 +10,7 @@ import os
 import shlex
 import socket
 import tempfile
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -98,6 +99,19 @@ def load_dataset(
     for array in arrays:
         digest.update(array)
     return Dataset(*arrays, name, LABELS[name], digest.hexdigest()[:16])
+
+
+def load_for_run(config, record, runner):
+    """load_dataset as a configuration asks; what it is goes into the record and, where the
+    configuration is verbose, to a person, after `runner`, such as "jax on the CPU"."""
+    started = time.perf_counter()
+    names = ("num_classes", "train_images", "test_images", "validation_split", "seed")
+    dataset = load_dataset(config.dataset, **{name: getattr(config, name) for name in names})
+    record["timing"]["data_seconds"] = time.perf_counter() - started
+    record["quality"] |= dataset.describe()
+    if config.verbose:
+        print(f"{runner}: {dataset.summarize()}", flush=True)
+    return dataset
 
 
 def epoch_order(n, seed, epoch):

@@ -293,7 +293,7 @@ class _TorchTraining:
         self.trained = [v.value for v in model.trainable_variables]
         self.update = _fuse_adam(model.optimizer, model.trainable_variables)
 
-    def _differentiate(self, parts, trainable, carried, images, labels, index, draws):
+    def _differentiate(self, parts, trainable, carried, images, labels, index, draws=None):
         """Keras' train step up to the gradients, as a function of tensors, for one of `parts`.
 
         `carried` is what else a step changes: non-trainable variables (random seeds), the
@@ -333,17 +333,15 @@ class _TorchTraining:
             return self._run(order, draws)
 
     def _run(self, order, draws):
-        order = keras.ops.convert_to_tensor(order)
-        draws = keras.ops.convert_to_tensor(draws) if draws is not None else [None] * len(order)
+        rows = [keras.ops.convert_to_tensor(given) for given in (order, draws) if given is not None]
         carried = [variable.value for variable in self._carried()]
         losses = []
-        for parts, parts_draws in zip(order, draws):
+        for row in zip(*rows):
             sums = None
-            for number, index in enumerate(parts):
-                draw = None if parts_draws is None else parts_draws[number]
-                arguments = (self.trained, carried, self.images, self.labels, index, draw)
+            for part in zip(*row):  # its indices and, if any, its draws
+                arguments = (self.trained, carried, self.images, self.labels, *part)
                 if self.compiled is None:
-                    differentiate = partial(self._differentiate, len(parts))
+                    differentiate = partial(self._differentiate, len(row[0]))
                     self.compiled = _compile_torch(differentiate, *arguments)
                 loss, *gradients = self.compiled(*arguments)
                 if sums is None:
@@ -379,27 +377,22 @@ def _compile_torch(function, *arguments):
     a second start finds the compiled graph in inductor's cache.
 
     Args:
-        function: from nested lists of tensors, or None, to a flat sequence of tensors.
+        function: from nested lists of tensors to a flat sequence of tensors.
         arguments: an example of what it will be called with.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
     leaves, structure = tree_flatten(arguments)
-    places = [place for place, leaf in enumerate(leaves) if leaf is not None]
 
-    def flat(*tensors):
-        filled = [None] * len(leaves)
-        for place, tensor in zip(places, tensors):
-            filled[place] = tensor
-        return tuple(function(*tree_unflatten(filled, structure)))
+    def flat(*leaves):
+        return tuple(function(*tree_unflatten(leaves, structure)))
 
-    tensors = [leaves[place] for place in places]
-    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
     compiled = torch._inductor.standalone_compile(
-        graph, tensors, dynamic_shapes="from_example_inputs", donate_graph_module=True
+        graph, leaves, dynamic_shapes="from_example_inputs", donate_graph_module=True
     )
-    return lambda *arguments: compiled(*(t for t in tree_leaves(arguments) if t is not None))
+    return lambda *arguments: compiled(*tree_leaves(arguments))
 
 
 def _fuse_adam(optimizer, variables):
@@ -463,16 +456,11 @@ def _fuse_adam(optimizer, variables):
 # What a model costs, and what the device can do
 
 
-def create_matmul():
-    """A large product of square matrices in the precision of `set_precision`.
-
-    Returns:
-        (multiply, size): a function without arguments that starts it, and the matrices' size.
-    """
-    size = 4096 if on_gpu() else 2048
+def create_matmul(size):
+    """A function that starts a product of two square matrices in `set_precision`'s precision."""
     x = np.random.default_rng(0).standard_normal((size, size), dtype="float32")
     x = keras.ops.convert_to_tensor(x, keras.config.dtype_policy().compute_dtype)
-    return lambda: keras.ops.matmul(x, x), size
+    return lambda: keras.ops.matmul(x, x)
 
 
 def count_flops(model):

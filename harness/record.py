@@ -158,7 +158,7 @@ def finish_record(
     timing["total_seconds"] = total_seconds
     rate = timing["train_images_per_second"]
     timing["matmul_flops_per_second"], reason = matmul
-    if rate and reason is None and status == "ok":
+    if rate and timing["matmul_flops_per_second"]:
         used = 3 * record["model"]["flops_per_image"] * rate
         timing["mfu"] = used / timing["matmul_flops_per_second"]
     elif status == "ok":

@@ -134,27 +134,28 @@ class Stopwatch:
         return timing, energy, notes
 
 
-def measure_matmul(create, synchronize, windows=5):
+def measure_matmul(create, synchronize, device, windows=5):
     """Floating-point operations a second of large matrix products, 2 a multiply-accumulate: the
     best of several windows, so that a moment's disturbance does not lower it, each long enough
     for what the host does around it not to count.
 
     Args:
-        create: gives (a function that starts a product of two square matrices, their rows).
+        create: a function of the matrices' rows that gives one that starts a product.
         synchronize: a function that waits for the device.
+        device: "cpu" or "gpu", whose matrices are larger.
 
     Returns:
         (operations a second, None), or (None, why not): a run is not lost for it.
     """
+    size = {"cpu": 2048, "gpu": 4096}[device]
     try:
-        multiply, size = create()
+        multiply = create(size)
 
         def time_products(count):
             started = time.perf_counter()
             for _ in range(count):
-                product = multiply()  # held: a result that nobody holds need not be computed
+                product = multiply()  # noqa: F841, held: else it need not be computed
             synchronize()
-            del product
             return time.perf_counter() - started
 
         time_products(1)  # compiles

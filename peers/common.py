@@ -16,7 +16,7 @@ Flags, figures and exit codes are those of vit.py, where they are explained. A p
     .evaluate(images, labels)           the same three of other pictures, without dropout
     .keep_weights(), .restore_weights() remembers the weights; goes back to them
     .steps_per_call(steps)              how many of an epoch's steps one .run should get, a divisor
-    .create_matmul()                    (a function that starts a large matrix product, its size)
+    .create_matmul(size)                a function that starts a product of square matrices
     .synchronize()                      waits for the device
     .device_peak_bytes()                (bytes, source) or (None, reason)
 """
@@ -220,19 +220,6 @@ def train(peer, config, dataset, report):
     quality |= {f"test_{name}": value for name, value in zip(METRICS, results)}
 
 
-def load_dataset(peer, config, report):
-    """The data set of a run; what it is goes into the record, and to a person."""
-    started = time.perf_counter()
-    names = ("num_classes", "train_images", "test_images", "validation_split", "seed")
-    dataset = data.load_dataset(config.dataset, **{n: getattr(config, n) for n in names})
-    report["timing"]["data_seconds"] = time.perf_counter() - started
-    report["quality"] |= dataset.describe()
-    if config.verbose:
-        where = peer.gpu_name or "the CPU"
-        print(f"{peer.backend} on {where}: {dataset.summarize()}", flush=True)
-    return dataset
-
-
 def main(create_peer, config, import_seconds):
     """One run from configuration to record; returns the exit code."""
     import_bytes = telemetry.host_rss_bytes()
@@ -255,14 +242,15 @@ def main(create_peer, config, import_seconds):
     )
     report["timing"]["import_seconds"] = import_seconds
     report["memory"]["host_import_bytes"] = import_bytes
+    runner = f"{peer.backend} on {peer.gpu_name or 'the CPU'}"
     cached = environment.count_compiled(peer.library, config.jit_compile)
     status, error, exit_code = ending.run_to_end(
-        lambda: train(peer, config, load_dataset(peer, config, report), report),
+        lambda: train(peer, config, data.load_for_run(config, report, runner), report),
         f"lower --micro-batch-size {config.micro_batch_size}",
     )
     device_peak, matmul = peer.device_peak_bytes(), (None, None)
     if status == "ok":
-        matmul = measure_matmul(peer.create_matmul, peer.synchronize)
+        matmul = measure_matmul(peer.create_matmul, peer.synchronize, report["device"]["kind"])
     record.finish_record(
         report,
         status,

@@ -268,11 +268,10 @@ class Peer:
     def place(self, images, labels):
         self.images, self.labels = jax.device_put(images), jax.device_put(labels)
 
-    def create_matmul(self):
-        size = 4096 if self.gpu_name else 2048
+    def create_matmul(self, size):
         dtype = "bfloat16" if self.precision == "bfloat16" else "float32"
         x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-        return lambda: x @ x, size
+        return lambda: x @ x
 
     def steps_per_call(self, steps):
         """On a GPU a call costs the host about as much as a small step costs the device."""

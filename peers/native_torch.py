@@ -242,11 +242,10 @@ class Peer:
         self.images = torch.from_numpy(images).to(self.device)
         self.labels = torch.from_numpy(labels).long().to(self.device)
 
-    def create_matmul(self):
-        size = 4096 if self.gpu_name else 2048
+    def create_matmul(self, size):
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         x = torch.randn(size, size, device=self.device).to(dtype)
-        return lambda: x @ x, size
+        return lambda: x @ x
 
     def steps_per_call(self, steps):
         return 1
