@@ -134,9 +134,9 @@ def check_config(config):
 
 def choose_micro_batch(config, is_on_gpu):
     """Set micro_batch_size where the user did not: to the batch, but on a CPU to the largest
-    divisor of it in 16 to 64, if any. Parts that large keep all cores busy, and memory is for one.
+    divisor of it in 16 to 32, if any. Parts that large keep all cores busy, and memory is for one.
     """
-    sizes = [] if is_on_gpu else [n for n in range(16, 65) if config.batch_size % n == 0]
+    sizes = [] if is_on_gpu else [n for n in range(16, 33) if config.batch_size % n == 0]
     config.micro_batch_size = config.micro_batch_size or max(sizes, default=config.batch_size)
 
 

@@ -4,6 +4,7 @@ Every random choice here is drawn by NumPy from a seed, so each backend sees the
 same order; `Dataset.fingerprint` is the proof that a record carries.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -11,6 +12,7 @@ import shlex
 import socket
 import tempfile
 import time
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -155,8 +157,14 @@ def check_count(what, asked, available):
 
 
 def take(pictures, indices):
-    # Keras hands CIFAR-100 out as a transposed view, and indexing would keep that memory layout.
-    return np.ascontiguousarray(pictures[0][indices]), pictures[1][indices]
+    images, labels = pictures
+    shape = (len(indices), *images.shape[1:])
+    # JAX uses an array in host memory as it is where it begins at a multiple of 64 bytes.
+    memory = np.empty(math.prod(shape) + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    taken = memory[first : first + math.prod(shape)].reshape(shape)
+    np.take(images, indices, axis=0, out=taken, mode="clip")  # the others would copy once more
+    return taken, labels[indices]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,13 +174,30 @@ def take(pictures, indices):
 def load_cifar100():
     """CIFAR-100 through Keras: its cache (~/.keras or KERAS_HOME), its download, its hash check.
 
-    Returns (x_train, y_train), (x_test, y_test): images uint8 (50000 or 10000, 32, 32, 3), labels
-    int32 (n,). Keras unpacks the archive at every call, so a damaged folder beside a good archive
-    mends itself. Raises DataError where the archive is damaged, or neither there nor to be had.
+    Keras unpacks and decodes the archive at every call, which takes seconds; what it gave is kept
+    beside the archive, as an .npz whose checksums are verified when it is read.
+
+    Returns:
+        (x_train, y_train), (x_test, y_test): images uint8 (50000 or 10000, 32, 32, 3), labels
+        int32 (n,).
+
+    Raises:
+        DataError: the archive is damaged, or neither there nor to be had.
     """
+    archive, folder = find_cifar100()
+    try:
+        with np.load(folder + ".npz") as arrays:
+            x_train, y_train, x_test, y_test = (arrays[name] for name in arrays.files)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there yet, or damaged
+        (x_train, y_train), (x_test, y_test) = unpack_cifar100(archive, folder)
+        keep(folder + ".npz", x_train, y_train, x_test, y_test)
+    return (x_train, y_train), (x_test, y_test)
+
+
+def unpack_cifar100(archive, folder):
+    """What `load_cifar100` returns, by Keras from the archive, which it fetches where need be."""
     import keras  # here, not at the top: the caller has chosen the backend by now
 
-    archive, folder = find_cifar100()
     # Keras checks the hash too, but where it differs it downloads anew, and where that fails it
     # deletes the file. Asking first (a tenth of a second) leaves the file to its owner.
     if os.path.exists(archive) and not is_official(archive):
@@ -195,6 +220,18 @@ def load_cifar100():
     if train[0].shape[1] == 3:  # a keras.json may ask for channels first
         train, test = ((x.transpose(0, 2, 3, 1), y) for x, y in (train, test))
     return tuple((x, y.reshape(-1).astype(np.int32)) for x, y in (train, test))
+
+
+def keep(path, *arrays):
+    """Write an .npz, whole or not at all; a disk that is full or not ours is no reason to fail."""
+    partial = f"{path}.{os.getpid()}"
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, *arrays)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
 
 
 def find_cifar100():

@@ -13,6 +13,8 @@ from functools import partial
 import keras
 import numpy as np
 
+from harness import environment
+
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":
     import jax
@@ -224,7 +226,7 @@ class _JaxTraining:
     The state is donated, so it exists once."""
 
     def __init__(self, model, images, labels, augment):
-        self.model, self.state = model, None
+        self.model, self.state, self.compiled = model, None, None
         self.images, self.labels = jax.device_put(images), jax.device_put(labels)
         differentiate = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
 
@@ -272,7 +274,11 @@ class _JaxTraining:
     def run(self, order, draws):
         if self.state is None:
             self.state = tuple([v.value for v in group] for group in self._variables())
-        self.state, losses = self.train_steps(self.state, self.images, self.labels, order, draws)
+        arguments = (self.state, self.images, self.labels, order, draws)
+        if self.compiled is None:
+            self.compiled = self.train_steps.lower(*arguments).compile()
+            environment.return_memory()
+        self.state, losses = self.compiled(*arguments)
         return losses
 
     def sync(self):
@@ -392,6 +398,7 @@ def _compile_torch(function, *arguments):
     compiled = torch._inductor.standalone_compile(
         graph, leaves, dynamic_shapes="from_example_inputs", donate_graph_module=True
     )
+    environment.return_memory()
     return lambda *arguments: compiled(*tree_leaves(arguments))
 
 

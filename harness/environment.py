@@ -3,6 +3,8 @@
 All of it must be set before the framework is imported.
 """
 
+import ctypes
+import gc
 import os
 import platform
 import sys
@@ -29,6 +31,13 @@ def keep_memory():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def return_memory():
+    """Give back what a compiler has left, hundreds of megabytes, which TUNABLES would keep."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def set_variables():
     """Set what JAX, PyTorch and TensorFlow read, where the user has not."""
     # Compiled code outlives the process, so that a second start need not compile again.
@@ -36,6 +45,9 @@ def set_variables():
     os.environ.setdefault(CACHES["jax"], str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault(CACHES["torch"], str(cache / "inductor"))
+    # Inductor would otherwise prove with three compilations that the compiler knows the vector
+    # instructions of this processor: 8 s of a first start, 2 of each other.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     # JAX would take 75 % of the GPU at once, which hides what a run needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -38,12 +38,14 @@ def run_child(code, **environment):
 def load_in_child(home, before="", **environment):
     """Load CIFAR-100 with KERAS_HOME=home; returns (the DataError's message or None, process)."""
     code = (
-        "import socket\n"
+        "import socket, sys, zlib\n"
         "from harness import data\n"
         f"{before}\n"
         "try:\n"
         "    (x, y), (x_test, y_test) = data.load_cifar100()\n"
-        "    print('LOADED', x.shape, x.dtype, y.shape, y.dtype, x_test.shape, y_test.shape)\n"
+        "    print('LOADED', x.shape, x.dtype, y.shape, y.dtype, x_test.shape, y_test.shape,\n"
+        "        *(zlib.crc32(a.tobytes()) for a in (x, y, x_test, y_test)),\n"
+        "        'by Keras' if 'keras' in sys.modules else 'as kept')\n"
         "except data.DataError as error:\n"
         "    print('DATAERROR', error)\n"
         "print('TIMEOUT', socket.getdefaulttimeout())\n"
@@ -63,6 +65,14 @@ def create_home(tmp_path):
     folder = home / "datasets" / "cifar-100-python-target"
     folder.parent.mkdir(parents=True)
     return home, folder.with_name(folder.name + "_archive"), folder
+
+
+def flip_byte(path):
+    with path.open("r+b") as file:
+        file.seek(100_000_000)
+        byte = file.read(1)[0]
+        file.seek(100_000_000)
+        file.write(bytes([byte ^ 1]))
 
 
 def run_remedy(message):
@@ -251,17 +261,28 @@ def test_subsets_are_balanced_and_seeded(small_cifar100):
 
 
 @needs_archive
-def test_real_archive_and_a_damaged_folder_beside_it(tmp_path):
+def test_real_archive_and_damaged_files_beside_it(tmp_path):
     home, archive, folder = create_home(tmp_path)
     archive.symlink_to(REAL_ARCHIVE)
     (folder / "cifar-100-python").mkdir(parents=True)
     (folder / "cifar-100-python" / "train").write_bytes(b"cut off")
     (home / "keras.json").write_text('{"image_data_format": "channels_first"}')
-    message, process = load_in_child(home)
-    assert message is None
+    _, first = load_in_child(home)
     expected = "(50000, 32, 32, 3) uint8 (50000,) int32 (10000, 32, 32, 3) (10000,)"
-    assert expected in process.stdout
-    shutil.rmtree(home)  # 190 MB
+    assert expected in first.stdout and "by Keras" in first.stdout
+
+    archive.unlink()  # what it gave is kept
+    _, second = load_in_child(home)
+    assert second.stdout == first.stdout.replace("by Keras", "as kept")
+
+    flip_byte(folder.with_name(folder.name + ".npz"))
+    message, _ = load_in_child(home)
+    assert f"expected {archive}," in message
+    archive.symlink_to(REAL_ARCHIVE)
+    _, again = load_in_child(home)
+    assert again.stdout == first.stdout
+    assert not any(home.glob("datasets/*.npz.*"))
+    shutil.rmtree(home)  # 370 MB
 
 
 @needs_archive
@@ -298,11 +319,7 @@ def damage_by_truncation(archive):
 
 def damage_one_byte(archive):
     shutil.copyfile(REAL_ARCHIVE, archive)
-    with archive.open("r+b") as file:
-        file.seek(100_000_000)
-        byte = file.read(1)[0]
-        file.seek(100_000_000)
-        file.write(bytes([byte ^ 1]))
+    flip_byte(archive)
 
 
 @pytest.mark.parametrize(
