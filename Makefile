@@ -1,6 +1,8 @@
 # make demo   compare JAX and PyTorch on this machine, on built-in pictures; no account, no download
 # make bench  the same for this project, plain Keras fit and models by hand; half an hour
 # make test   the whole test suite, and lint
+# make test-images   build images and run them on the CPU; needs Docker and some 10 GB. More:
+#   make test-images IMAGES=ojo.jax BUILD_ARGS="--build-arg BASE_IMAGE=..." GPU="--runtime nvidia"
 # Both create .venv first. On a GPU: make demo EXTRAS=...  (see the README)
 
 PYTHON ?= python3
@@ -24,6 +26,11 @@ test: $(STAMP) .venv/tests-installed
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
+IMAGES ?= ook.jax ook.pytorch
+test-images: $(STAMP) .venv/tests-installed
+	IMAGES="$(IMAGES)" BUILD_ARGS="$(BUILD_ARGS)" GPU="$(GPU)" \
+	  .venv/bin/python -m pytest tests/test_images.py --timeout 3600 -rs
+
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade-strategy only-if-needed -e ".[$(EXTRAS)]"
@@ -36,4 +43,4 @@ $(STAMP): pyproject.toml
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache report results.jsonl wandb
 
-.PHONY: demo bench test clean
+.PHONY: demo bench test test-images clean

@@ -45,6 +45,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -57,7 +58,17 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from harness.record import KEYS, RecordError, append_record, create_record, read_records, reason_for
+from harness import tracking
+from harness.cli import list_flags
+from harness.record import (
+    KEYS,
+    RecordError,
+    append_record,
+    create_record,
+    dig,
+    read_records,
+    reason_for,
+)
 
 ROOT = Path(__file__).resolve().parent
 SUBJECTS = {  # name: (module and pip extra, {image} of the launcher, program; None is --script)
@@ -98,16 +109,11 @@ class CompareConfig:
     script: str = "vit.py"  # what backends run, e.g. another checkout's vit.py
     target_accuracy: float | None = None  # report the time to this validation accuracy, 0 to 1
     report: Path | None = None  # folder for report.html, .md, .csv, .svg and .png
+    wandb: bool = False  # upload the report to Weights & Biases
     verbose: bool = False  # show the output of the runs
 
 
 # ---- What to run ---------------------------------------------------------------------------------
-
-
-def list_flags(words):
-    """Names of the flags: `--use_wandb=True`, `--no-use-wandb` -> {"use-wandb"}"""
-    names = [word[2:].split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
-    return {name.removeprefix("no-") for name in names}
 
 
 def parse_entry(text, config):
@@ -352,13 +358,6 @@ def find_break_even(start, epoch, other_start, other_epoch):
 
 
 # ---- What a record says: (value, None), or (None, why not) ---------------------------------------
-
-
-def dig(record, dotted):
-    """The value at "timing.compile_seconds", None where any part of the way is missing"""
-    for key in dotted.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
 
 
 def get_field(record, dotted, scale=1):
@@ -902,6 +901,32 @@ def write_report(report, folder):
         (folder / f"report.{form}").write_text(text, encoding="utf-8")
 
 
+def upload_report(report, folder, paths):
+    """A W&B run that shows the page and holds its files and the records; raises BadInput"""
+    nodes = {entry["node"] for entry in report["entries"]} - {""}
+    names = {label.partition(":")[0] for label in report["labels"]}
+    try:
+        run = tracking.start_run(
+            "leave out --wandb",
+            project=os.environ.get("WANDB_PROJECT") or tracking.PROJECT,
+            job_type="comparison",
+            group="comparisons",
+            tags=sorted(tag[:64] for tag in names | nodes),  # W&B takes 64 characters
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    with tracking.forgiving("the report was not uploaded"):
+        for row in filter(lambda row: row["key"], report["rows"]):
+            medians = zip(report["labels"], (cell["median"] for cell in row["cells"]))
+            run.summary.update({f"{row['key']}/{label}": median for label, median in medians})
+        run.summary["sentence"] = report["sentence"]
+        tracking.log_page(run, "report", (folder / "report.html").read_text(encoding="utf-8"))
+        files = [*folder.glob("report.*"), *paths]
+        tracking.log_files(run, "comparison", {path.name: path.read_bytes() for path in files})
+    with tracking.forgiving("it did not close"):
+        run.finish()
+
+
 # ---- Main ----------------------------------------------------------------------------------------
 
 
@@ -910,8 +935,12 @@ def report_on(paths, config, console, comparison=""):
     loaded = [load(path) for path in paths]
     found = [item for items, _ in loaded for item in items if item["id"].startswith(comparison)]
     report = create_report(found, config, [line for _, lines in loaded for line in lines])
-    if config.report:
-        write_report(report, config.report)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = config.report or Path(folder)
+        if config.report or config.wandb:
+            write_report(report, folder)
+        if config.wandb:
+            upload_report(report, folder, paths)
     print_report(report, console)
     if config.report:
         console.print(f"report: {config.report / 'report.html'}, .md, .csv, .svg, .png")

@@ -23,7 +23,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import netrc
 import os
 import platform
 import shutil
@@ -34,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from harness import environment
+from harness import environment, tracking
 from harness.cli import ConfigError, check_config, check_writable, choose_micro_batch, fail, parse
 
 PROCESS_STARTED = time.perf_counter()
@@ -79,6 +78,7 @@ class ViTConfig:
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
     jit_compile: bool = True  # off: plain Keras fit, not compiled
     trainer: Literal["compiled", "fit"] = "compiled"  # fit: Keras' own loop with its defaults
+    allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     # files and logs
     checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")  # the best weights
     results_path: Path = Path("results.jsonl")  # the record is appended here
@@ -86,7 +86,7 @@ class ViTConfig:
     verbose: bool = True  # a line an epoch, and a summary
     use_wandb: bool = True
     wandb_project: str = field(
-        default_factory=lambda: os.environ.get("WANDB_PROJECT") or "keras3_edge_baseline"
+        default_factory=lambda: os.environ.get("WANDB_PROJECT") or tracking.PROJECT
     )
     wandb_entity: str | None = field(default_factory=lambda: os.environ.get("WANDB_ENTITY") or None)
     wandb_run_name: str | None = None
@@ -499,6 +499,9 @@ def run_experiment(config, dataset, report, run=None):
         )
     if run is not None:
         callbacks.append(CustomWandbCallback(run))
+    if os.environ.get("VIT_EPOCHS"):
+        tell = partial(tell_epoch, config.num_epochs)
+        callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=tell))
     try:
         if is_compiled(config):
             evaluate = train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch)
@@ -525,6 +528,16 @@ def run_experiment(config, dataset, report, run=None):
     timing["evaluation_seconds"] = time.perf_counter() - started
     quality |= {f"test_{record_name(name)}": value for name, value in results.items()}
     return model
+
+
+def tell_epoch(epochs, epoch, logs):
+    """Append an epoch (from 1) and its metrics, a JSON object a line, to the file that VIT_EPOCHS
+    names: a sweep that started this run may end it by SIGTERM when it does not promise enough.
+
+    The file may be a pipe. Where its reader is gone, so is the reason for this run: it ends.
+    """
+    with open(os.environ["VIT_EPOCHS"], "a") as file:
+        file.write(json.dumps({"epoch": epoch + 1, "epochs": epochs, **logs}) + "\n")
 
 
 def record_name(metric):
@@ -557,47 +570,28 @@ def log_wandb(run, values, summary=None):
 
 
 def start_wandb(config):
-    """Open a W&B run: online with a key, else offline with a line of advice, never a prompt."""
-    if importlib.util.find_spec("wandb") is None:
-        fail("wandb is not installed: pip install wandb, or run with --no-use-wandb")
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not has_wandb_key():
-        mode = "offline"
-        print(
-            "W&B: no API key, so this run is logged offline. Set WANDB_API_KEY to log online, "
-            "or --no-use-wandb not to log.",
-            file=sys.stderr,
+    """Open a W&B run, in the group of its sweep (if any), node and backend."""
+    backend = keras.backend.backend()
+    group = [os.environ.get("WANDB_SWEEP_ID"), config.node_name, backend]
+    group = os.environ.get("WANDB_RUN_GROUP") or "-".join(filter(None, group))
+    choices = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    try:
+        return tracking.start_run(
+            "--no-use-wandb",
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=config.wandb_run_name,
+            group=group,
+            tags=[*config.wandb_tags, backend, config.node_name, config.dataset],
+            config=choices | {"backend": backend},
         )
-    settings = {
-        "project": config.wandb_project,
-        "entity": config.wandb_entity,
-        "name": config.wandb_run_name,
-        "tags": list(config.wandb_tags),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        | {"backend": keras.backend.backend()},
-    }
-    try:
-        return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=10), **settings)
-    except Exception as error:
-        print(f"warning: W&B: {error}: this run is logged offline", file=sys.stderr)
-        return wandb.init(mode="offline", **settings)
-
-
-def has_wandb_key():
-    """Whether W&B would find an API key: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    except ValueError as error:
+        fail(error)
 
 
 def finish_wandb(run, report, exit_code):
-    """Log the test results and figures under their names on the dashboard, and close the run."""
+    """Log the test results and figures under their names on the dashboard, add the record as an
+    artifact, and close the run."""
     timing, memory, quality = report["timing"], report["memory"], report["quality"]
     results = {
         "total_parameters": report["model"]["parameters"],
@@ -612,10 +606,10 @@ def finish_wandb(run, report, exit_code):
     results = {name: value for name, value in results.items() if value is not None}
     final = {f"final_{n}": results[n] for n in results if n.startswith("test_")}
     log_wandb(run, results, {**final, "status": report["status"]})
-    try:
+    with tracking.forgiving("the record was not added"):
+        tracking.log_files(run, "record", {"record.json": record.dump_record(report)})
+    with tracking.forgiving("it did not close"):
         run.finish(exit_code=exit_code)
-    except Exception as error:
-        print(f"warning: W&B did not close: {error}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -635,6 +629,10 @@ def main(config, subject=None):
                 f"PyTorch compiles with {compiler}, which is not here: install it, or --trainer fit"
             )
     machine = telemetry.describe_machine()  # before the backend touches the GPU
+    is_told = config.allow_cpu or os.environ.get("JAX_PLATFORMS") == "cpu"
+    if os.environ.get("VIT_EXPECT_GPU") == "1" and not is_told and not engine.on_gpu():
+        remedy = "docker run --gpus all (on a Jetson --runtime nvidia), or --allow-cpu"
+        fail(f"expected a GPU, for which this image is made, got none: {remedy}")
     try:
         precision = engine.set_precision(config.precision)
     except ValueError as error:

@@ -48,6 +48,12 @@ def name_flag(field):
     return "--" + field.replace("_", "-")
 
 
+def list_flags(words):
+    """Names of the flags: `--use_wandb=True`, `--no-use-wandb` -> {"use-wandb"}"""
+    names = [word[2:].split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    return {name.removeprefix("no-") for name in names}
+
+
 def parse(kind, argv, description):
     """An instance of the dataclass `kind` from a command line; ends the process on --help and on
     errors.

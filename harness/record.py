@@ -244,6 +244,13 @@ def reason_for(record, name):
     return None
 
 
+def dig(record, dotted):
+    """The value at "timing.compile_seconds", None where any part of the way is missing"""
+    for key in dotted.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
 def summarize(record):
     """A training record in at most ten lines that a person can read."""
     timing, quality = record["timing"], record["quality"]
@@ -293,23 +300,30 @@ def summarize(record):
     return "\n".join(lines)
 
 
-def append_record(path, record):
-    """Add a record from `create_record` to a JSON-lines file, whole or not at all.
+def dump_record(record):
+    """A record from `create_record` as a line of JSON.
 
-    Many processes may do so at once. Tuples become lists; paths, NumPy scalars and arrays plain
-    values; non-finite floats null (JSON has none), with a note where none explains them. Earlier
-    lines are never touched: after a torn last line a new one is begun.
-    OSError: the line could not be written whole (the disk is full, say); the file is as it was.
-    TypeError: the record holds something that JSON cannot.
+    Tuples become lists; paths, NumPy scalars and arrays plain values; non-finite floats null (JSON
+    has none), with a note where none explains them. TypeError: it holds something that JSON cannot.
     """
-    import fcntl  # here, because reading records must also work where there is no fcntl (Windows)
-
     lost = {}
     plain = _make_plain(record, "", lost)
     for name, value in lost.items():
         if reason_for(plain, name) is None:
             plain["notes"].append(f"{name}: not a finite number ({value})")
-    line = json.dumps(plain, allow_nan=False).encode() + b"\n"
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def append_record(path, record):
+    """Add a record to a JSON-lines file, as `dump_record` writes it, whole or not at all.
+
+    Many processes may do so at once. Earlier lines are never touched: after a torn last line a new
+    one is begun.
+    OSError: the line could not be written whole (the disk is full, say); the file is as it was.
+    """
+    import fcntl  # here, because reading records must also work where there is no fcntl (Windows)
+
+    line = dump_record(record).encode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

@@ -1,11 +1,16 @@
 """What this machine can tell: what it is, what power and memory a run takes, what disturbs a run.
 
+    python -m harness.telemetry           this machine's page, Markdown
+    python -m harness.telemetry --json    the same, for programs
+
 A sensor that is absent answers None, never an exception. A dictionary made here that may hold a
 None also holds "notes", the reasons in the form in which a record keeps them ("device.power_mode:
 not readable ..."): pop them into the record's notes. `root` is where /proc, /sys and /etc are read.
 """
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -185,12 +190,15 @@ def read_jetson_rails(root="/", channels=None):
 class EnergyMeter:
     """Joules of a window: `start()`, the work, `stop()`. Made by `create_energy_meter`.
 
+    source: the sensor's name, or None, and then `reason` says why there is none.
+
     The caller synchronises the device before both. A thread reads the sensor in between, where
     it must be read often; it is gone when `stop` returns.
     """
 
     def __init__(self, source, reason):
         self._source, self._reason, self._thread, self._begin = source, reason, None, None
+        self.source, self.reason = source and source["name"], reason
 
     def start(self):
         """Begin a window."""
@@ -535,3 +543,82 @@ def _find_channels(root):
             files = (path.with_name(f"in{number}_input"), path.with_name(f"curr{number}_input"))
             channels.append((label, *files))
     return channels
+
+
+# ---- a page of the machine ---------------------------------------------------------------------
+
+
+def describe_page(root="/"):
+    """`describe_machine` and how power is read here: `power_sources` ({"gpu", "cpu"}: the name of
+    the sensor for work there, or None) and `rails`, as `read_jetson_rails` has them.
+    """
+    page = describe_machine(root)
+    meters = {device: create_energy_meter(root, device) for device in SOURCES}
+    sources = {device: meter.source for device, meter in meters.items()}
+    reasons = {f"power_sources.{device}": meter.reason for device, meter in meters.items()}
+    notes = page["notes"] + _explain("device", {"power_sources": sources}, reasons)
+    return page | {"power_sources": sources, "rails": read_jetson_rails(root), "notes": notes}
+
+
+def format_page(page):
+    """What `describe_page` found, as Markdown: the machine, its GPUs, how it stands now; what it
+    does not tell comes last, with the reason."""
+    rows = [
+        ("board", page["board_model"]),
+        ("processor", page["cpu_name"]),
+        ("architecture, logical cores", _join(page["architecture"], page["logical_cores"])),
+        ("memory", _format(page["memory_bytes"], "{:,.0f} MiB", 2**20)),
+        ("system", _join(page["os"], page["kernel"])),
+        ("Jetson Linux (L4T)", page["l4t_release"]),
+    ]
+    for gpu in page["gpus"] or []:
+        memory = _format(gpu["memory_bytes"], "{:,.0f} MiB", 2**20)
+        rows += [("GPU", _join(gpu["name"], memory))]
+        rows += [("driver, newest CUDA that it runs", _join(gpu["driver"], gpu["cuda"]))]
+    clocks = page["clocks"]
+    cpu = [_format(clocks[name], "{:,.0f} MHz") for name in ("cpu_mhz", "cpu_max_mhz")]
+    gpu = [_format(clocks[name], "{:,.0f} MHz") for name in ("gpu_mhz", "gpu_max_mhz")]
+    battery = {None: None, True: "yes: plug it in to measure", False: "no"}[page["on_battery"]]
+    others = page["other_processes"]
+    rows += [
+        ("power mode", page["power_mode"]),
+        ("GPU power cap", _format(page["power_cap_watts"], "{:g} W")),
+        ("CPU clock, limit", _join(*cpu)),
+        ("GPU clock, limit", _join(*gpu)),
+        ("on battery", battery),
+        ("GPU clocks are held back by", _join(*(page["throttle_reasons"] or []))),
+        ("others on the GPU", _join(*(f"{p['pid']} {p['name'] or ''}" for p in others or []))),
+        ("energy of work on the GPU from", page["power_sources"]["gpu"]),
+        ("energy of work on the CPU from", page["power_sources"]["cpu"]),
+    ]
+    rows += [(f"rail {r['label']}", _format(r["watts"], "{:.2f} W")) for r in page["rails"]]
+    lines = [f"# {page['node_name'] or 'This machine'}", "", "| what | value |", "|---|---|"]
+    lines += [f"| {what} | {value} |" for what, value in rows if value]
+    unknown = {}  # reason: what it is the reason for
+    for note in page["notes"]:
+        name, _, reason = note.removeprefix("device.").partition(": ")
+        unknown.setdefault(reason, []).append(name)
+    lines += ["", "Not known here:", ""] if unknown else []
+    return "\n".join([*lines, *(f"- {', '.join(what)}: {why}" for why, what in unknown.items())])
+
+
+def _join(*values):
+    return ", ".join(str(value) for value in values if value is not None)
+
+
+def _format(value, pattern, unit=1):
+    return None if value is None else pattern.format(value / unit)
+
+
+def main():
+    """Print the page of this machine."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.telemetry", description="What this machine is, and what it tells."
+    )
+    parser.add_argument("--json", action="store_true", help="for programs, not as Markdown")
+    is_json, page = parser.parse_args().json, describe_page()
+    print(json.dumps(page, indent=2) if is_json else format_page(page))
+
+
+if __name__ == "__main__":
+    main()

@@ -70,6 +70,24 @@ def read_last_record(folder):
     return records[-1]
 
 
+def read_log(log):
+    """The entries of an offline W&B run, by W&B's own reader."""
+    tool = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(log)]
+    text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_wandb(log):
+    """History rows, summary and configuration of an offline run."""
+    records = read_log(log)
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    summary, config = {}, {}
+    for record in records:
+        summary |= record.get("summary", {}).get("update", {})
+        config |= record.get("run", {}).get("config", {}).get("update", {})
+    return rows, summary, config
+
+
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request):
     return request.param

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import read_log, read_wandb
 from scipy import stats
 
 import compare
@@ -420,6 +421,30 @@ def test_the_files_agree_and_load_nothing(bench):
     assert "<script>" not in table
     assert b"<svg" in (bench / "out/report.svg").read_bytes()
     assert (bench / "out/report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("folder", [[], ["--report=report"]])
+def test_a_report_is_uploaded(bench, monkeypatch, folder):
+    """As far as an offline run shows it: the page, the medians, and all files as an artifact"""
+    for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(bench / "no-netrc"))
+    path = write_file(bench / "results.jsonl", pair_up())
+    command = [sys.executable, str(ROOT / "compare.py"), str(path), "--wandb", *folder]
+    done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
+    assert done.returncode == 0 and "WANDB_API_KEY" in done.stderr, done.stderr
+    assert "warning" not in done.stderr
+    (log,) = bench.glob("wandb/offline-run-*/run-*.wandb")
+    rows, summary, _ = read_wandb(log)
+    assert summary["images_per_second/jax"] == 402 and "torch" in summary["sentence"]
+    assert rows[0]["report"]["_type"] == "html-file"
+    (page,) = log.parent.glob("files/media/html/*.html")
+    assert "which backend?" in page.read_text()
+    (artifact,) = [item["artifact"] for item in read_log(log) if item["type"] == "artifact"]
+    names = {entry["path"] for entry in artifact["manifest"]["contents"]}
+    forms = ("html", "md", "csv", "svg", "png")
+    assert names == {"results.jsonl", *(f"report.{form}" for form in forms)}
+    assert (bench / "report").exists() == bool(folder)
 
 
 def test_a_report_on_failures_alone_can_be_written(bench):

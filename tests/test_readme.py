@@ -35,10 +35,15 @@ def test_python_commands(command, tmp_path):
         words += [*SMALL, "--trainer=fit", f"--checkpoint-path={tmp_path / 'b.weights.h5'}"]
     elif any(word.endswith(".jsonl") for word in words):  # a report on records that are here
         words = [str(ROOT / word) if word.startswith("results/") else word for word in words]
+    elif script == "sweep.py":  # the study is opened, and no trial begun
+        words.insert(words.index("--") if "--" in words else len(words), "--count=0")
     else:
         words.insert(2, "--dry-run")
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    if script == "sweep.py":
+        assert done.returncode == 1 and "none was begun" in done.stdout, done.stderr[-2000:]
+    else:
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

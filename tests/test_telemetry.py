@@ -1,6 +1,7 @@
 """Telemetry: recorded machines as folders, NVML as a small stand-in; absent sensors are null."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -472,3 +473,45 @@ def test_the_module_imports_nothing_heavy():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# ---- a page of the machine ---------------------------------------------------------------------
+
+
+def test_a_page_of_a_jetson(tmp_path):
+    root = write_rails(write_tree(tmp_path, JETSON), AGX_ORIN)
+    page = telemetry.describe_page(root)
+    text = telemetry.format_page(page)
+    for line in (
+        "| board | NVIDIA Jetson AGX Orin Developer Kit |",
+        "| memory | 62,829 MiB |",
+        "| power mode | MODE_30W |",
+        "| CPU clock, limit | 1,728 MHz, 2,202 MHz |",
+        "| GPU clock, limit | 306 MHz, 1,300 MHz |",
+        "| energy of work on the GPU from | INA3221 sum of monitored rails |",
+        "| rail VDD_GPU_SOC | 3.19 W |",
+    ):
+        assert line in text.splitlines()
+    assert "None" not in text.partition("Not known here:")[0]
+    assert len(page["rails"]) == 4 and json.loads(json.dumps(page)) == page
+    assert find_unexplained("device", {k: v for k, v in page.items() if k != "rails"}) == []
+
+
+def test_a_page_of_a_laptop(tmp_path, nvml):
+    text = telemetry.format_page(telemetry.describe_page(tmp_path))
+    assert "| GPU | NVIDIA GeForce RTX 4090 Laptop GPU, 16,376 MiB |" in text
+    assert "| driver, newest CUDA that it runs | 575.64.03, 12.9 |" in text
+    assert "| GPU power cap | 175 W |" in text
+    assert "| energy of work on the GPU from | NVML energy counter |" in text
+    assert "- l4t_release: no /etc/nv_tegra_release" in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_the_page_of_this_machine(flags):
+    command = [sys.executable, "-m", "harness.telemetry", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    if flags:
+        assert json.loads(done.stdout)["logical_cores"] == os.cpu_count()
+    else:
+        assert "| memory | " in done.stdout

@@ -1,6 +1,5 @@
 """vit.py as a person uses it: whole runs in processes of their own, and every way to fail."""
 
-import json
 import os
 import resource
 import signal
@@ -9,7 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BACKENDS, ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+from conftest import (
+    BACKENDS,
+    ROOT,
+    SMALL,
+    child_environment,
+    read_last_record,
+    read_log,
+    read_wandb,
+    run_code,
+    run_vit,
+)
 
 # Chance is 1 %; this small model reaches more than 10 % (top-5 30 %) in these epochs.
 LEARNING = (
@@ -205,19 +214,11 @@ def test_wandb_holds_the_run(learned, backend):
     assert summary["total_parameters"] == record["model"]["parameters"]
     assert summary["train_images_per_second"] > 0 and summary["host_peak_bytes"] > 0
     assert config["backend"] == backend and config["num_epochs"] == 5 and config["node_name"]
-
-
-def read_wandb(log):
-    """History rows, summary and configuration of an offline run, by W&B's own reader."""
-    tool = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(log)]
-    text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    records = [json.loads(line) for line in text.splitlines()]
-    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-    summary, config = {}, {}
-    for record in records:
-        summary |= record.get("summary", {}).get("update", {})
-        config |= record.get("run", {}).get("config", {}).get("update", {})
-    return rows, summary, config
+    (run,) = [item["run"] for item in read_log(log) if item["type"] == "run"]
+    assert run["run_group"].endswith(f"-{backend}") and config["node_name"] in run["run_group"]
+    assert {backend, config["node_name"], "synthetic"} <= set(run["tags"])
+    (artifact,) = [item["artifact"] for item in read_log(log) if item["type"] == "artifact"]
+    assert artifact["type"] == "record"
 
 
 def test_backends_agree(tmp_path):
@@ -376,17 +377,17 @@ def test_wandb_failing_in_mid_run_is_a_warning(capsys):
 
 
 def test_a_wandb_key_is_found(monkeypatch, tmp_path):
-    import vit
+    from harness import tracking
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not vit.has_wandb_key()
+    assert not tracking.has_key()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert vit.has_wandb_key()
+    assert tracking.has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com:8080")
-    assert not vit.has_wandb_key()
+    assert not tracking.has_key()
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert vit.has_wandb_key()
+    assert tracking.has_key()
 
 
 # ---- the model ---------------------------------------------------------------------------------

@@ -1,0 +1,193 @@
+"""W&B's sweep files in Optuna's terms, and a study that outlives its workers.
+
+Several machines may share a study, and any of them may die. Optuna's storage hands every trial to
+one worker only. A worker gives signs of life; a trial whose worker shows none is begun anew by
+whoever asks next. Optuna's own callback for that would also carry over what the dead trial told
+the pruner and the budget, so `requeue` stands in its place.
+"""
+
+import json
+import time
+import warnings
+
+import optuna
+import sqlalchemy.exc
+from optuna.trial import TrialState
+
+# Heartbeats and constraints; without Optuna's word that they may change one day.
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+HEARTBEAT, GRACE = 10, 60  # seconds between signs of life, and until a worker counts as dead
+ATTEMPTS = 3  # of a trial whose worker died: it may be the trial that kills
+GRID = ("grid_id", "search_space")  # what Optuna's GridSampler keeps with a trial
+RANGES = {  # distribution in a sweep file: (method of optuna.Trial, its options)
+    "int_uniform": ("suggest_int", {}),
+    "uniform": ("suggest_float", {}),
+    "log_uniform_values": ("suggest_float", {"log": True}),
+}
+UNREACHABLE = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+
+class BadInput(Exception):
+    """One line for the user: what was expected, what came, what to do."""
+
+
+def read_sweep(path, fixed, leave_out):
+    """A sweep file's content, with its parameters as "space", {name: (method of optuna.Trial, its
+    options)}, and "constants", {name: value}.
+
+    BadInput: one line with what was expected.
+
+    Args:
+        fixed: parameters that take the place of the file's.
+        leave_out: flags (num-epochs) whose parameters are set elsewhere.
+    """
+    try:
+        sweep = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--config: expected a sweep file in JSON, got {path}: {error}") from error
+    known = {
+        "method": ("random", "grid", "bayes"),
+        "metric.goal": ("maximize", "minimize"),
+        "early_terminate.type": ("hyperband", None),
+    }
+    for field, accepted in known.items():
+        group, _, name = field.rpartition(".")
+        got = (sweep.get(group, {}) if group else sweep).get(name)
+        if got not in accepted:
+            expected = " or ".join(filter(None, accepted))
+            raise BadInput(f"{path}: {field}: expected {expected}, got {got!r}")
+    given = (sweep["parameters"] | fixed).items()
+    given = {name: spec for name, spec in given if name.replace("_", "-") not in leave_out}
+    constants = {name: spec["value"] for name, spec in given.items() if "value" in spec}
+    space = {n: read_parameter(path, n, spec) for n, spec in given.items() if n not in constants}
+    for name, (_, options) in space.items():
+        if sweep["method"] == "grid" and "choices" not in options:
+            raise BadInput(f"{path}: {name}: expected values, for a grid; or the method random")
+    return {**sweep, "space": space, "constants": constants}
+
+
+def read_parameter(path, name, spec):
+    """{"distribution": "log_uniform_values", "min": ...} -> ("suggest_float", {"low": ...})"""
+    if set(spec) <= {"values", "distribution"} and spec.get("values"):
+        return "suggest_categorical", {"choices": spec["values"]}
+    low, high = spec.get("min"), spec.get("max")
+    is_whole = isinstance(low, int) and isinstance(high, int)
+    kind = spec.get("distribution", "int_uniform" if is_whole else "uniform")
+    if kind not in RANGES or None in (low, high) or set(spec) > {"min", "max", "distribution"}:
+        known = f"value, values, or min and max with {', '.join(RANGES)}"
+        raise BadInput(f"{path}: {name}: expected {known}; got {json.dumps(spec)}")
+    method, options = RANGES[kind]
+    return method, {"low": low, "high": high, **options}
+
+
+def create_sampler(method, space):
+    """W&B's method as Optuna's sampler"""
+    if method == "grid":  # in a shuffled order, the same for every worker
+        return optuna.samplers.GridSampler({n: o["choices"] for n, (_, o) in space.items()}, seed=0)
+    # Without a seed: with one, every worker and every restart would draw the same trials again.
+    return optuna.samplers.TPESampler() if method == "bayes" else optuna.samplers.RandomSampler()
+
+
+def create_pruner(sweep):
+    """W&B's early_terminate as Optuna's pruner: both look at epochs min_iter, min_iter * eta ..."""
+    rules = sweep.get("early_terminate")
+    if rules is None:
+        return optuna.pruners.NopPruner()
+    epochs = sweep["space"].get("num_epochs", ("", {}))[1]
+    longest = max(epochs.get("choices", [epochs.get("high", 0)]))
+    longest = longest or sweep["constants"].get("num_epochs", "auto")  # the first's that completes
+    eta = rules.get("eta", 3)
+    first = rules.get("min_iter") or max(1, rules["max_iter"] // eta ** rules.get("s", 1))
+    return optuna.pruners.HyperbandPruner(first, longest, eta)
+
+
+def open_study(name, url, **options):
+    """The study of this name, created where there is none.
+
+    BadInput: one line, where the database cannot be used.
+    """
+    for wait in (1, 2, 4, None):  # workers that start together race to create the tables
+        try:
+            storage = optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"pool_pre_ping": True},
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=requeue,
+            )
+            return optuna.create_study(
+                storage=storage, study_name=name, load_if_exists=True, **options
+            )
+        except (ImportError, sqlalchemy.exc.ArgumentError) as error:
+            known = "postgresql://user@host/database or sqlite:///file"
+            raise BadInput(f"--storage: expected {known}, got {url}: {explain(error)}") from error
+        except UNREACHABLE as error:
+            if wait is None:
+                raise BadInput(f"--storage: expected a database, got: {explain(error)}") from error
+            time.sleep(wait)
+
+
+def explain(error):
+    """What the database's driver says, in a line."""
+    return str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()[0]
+
+
+def requeue(study, trial, attempt=None):
+    """Have a trial begun anew whose worker died (or, with its attempt given, was interrupted)."""
+    attempt = attempt or trial.user_attrs.get("attempt", 1) + 1
+    if attempt <= ATTEMPTS:
+        again = optuna.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={"attempt": attempt, "origin": find_origin(trial)},
+            system_attrs={k: v for k, v in trial.system_attrs.items() if k in GRID},
+        )
+        study.add_trial(again)
+
+
+def find_origin(trial):
+    """The number under which a trial was begun first."""
+    return trial.user_attrs.get("origin", trial.number)
+
+
+def list_latest(study):
+    """The trials that count: of one that was begun anew the latest, and none that was too many."""
+    latest = {find_origin(trial): trial for trial in study.get_trials(deepcopy=False)}
+    return [trial for trial in latest.values() if name_state(trial) != "surplus"]
+
+
+def name_state(trial):
+    """running, complete, over budget, pruned; of failed ones "status", or abandoned"""
+    if trial.state == TrialState.FAIL:
+        return trial.user_attrs.get("status", "abandoned")
+    is_over = any(value > 0 for value in trial.constraints.values())
+    return "over budget" if is_over else trial.state.name.lower()
+
+
+def create_plots(study, trials, metric):
+    """{title: a figure of plotly, or a sentence that says why there is none}"""
+    show, plots = optuna.visualization, {}
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if len({trial.value for trial in complete}) < 2:
+        return {"Plots": "They need two trials that completed, with different results."}
+    plots["History"] = show.plot_optimization_history(study, target_name=metric)
+    plots["Importance of the parameters (PED-ANOVA)"] = show.plot_param_importances(study)
+    plots["Parallel coordinates"] = show.plot_parallel_coordinate(study, target_name=metric)
+    for fact, name, unit in (("seconds", "training, s", 1), ("peak_bytes", "peak, MiB", 2**20)):
+        # Optuna prunes studies of one aim only; this one, in memory, has two.
+        front = optuna.create_study(directions=[study.direction, "minimize"])
+        known = [trial for trial in complete if trial.user_attrs.get(fact)]
+        for trial in known:
+            again = optuna.create_trial(
+                values=[trial.value, trial.user_attrs[fact] / unit],
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={"trial": trial.number, "node": trial.user_attrs["node"]},
+                system_attrs=trial.system_attrs,  # with whether it kept the budget
+            )
+            front.add_trial(again)
+        title = f"Pareto front: {metric} against {name}"
+        figure = show.plot_pareto_front(front, target_names=[metric, name]) if known else None
+        plots[title] = figure or "No trial measured it."
+    return plots

@@ -1,0 +1,414 @@
+"""The sweep of sweep_config.json without an account or a server: by Optuna, on an SQLite file.
+
+    python sweep.py --backend jax --count 20           # 20 trials; kill it, and the same goes on
+    python sweep.py --backend jax -- --dataset synthetic --num-epochs 5    # fixed for all trials
+    python sweep.py --backend jax --budget memory.host_peak_bytes=4e9      # the best within 4 GB
+    python sweep.py --storage postgresql://user@host/database              # on several machines
+    python sweep.py --backend jax --count 0            # no trial, only the report so far
+
+Each trial is a process, vit.py with the sampled flags, and leaves its record. What stands after
+`--` goes to every trial as it is and takes a parameter out of the search. `method` is random, grid
+or bayes (Optuna's TPE); `early_terminate` gives each epoch's metric to Optuna's HyperbandPruner,
+and a trial that does not promise enough is ended. A trial counts with its best epoch: vit.py tests
+those weights. One that fails or runs out of memory is marked, and the sweep goes on, unless three
+end in an error in a row.
+
+A study's name is the backend and a hash over file and flags: the same command finds it again, and
+on another machine its colleagues. A trial whose worker gives no sign of life for a minute is begun
+anew by whoever asks next, three times at most.
+
+`--budget FIELD=NUMBER ...`: at most so much in these fields of the record, such as
+timing.evaluation_seconds or memory.device_peak_bytes. A trial beyond it is never the best, and
+bayes learns to stay within. What is measured keeps its budget: with a new one give a new --study.
+
+Exit status: 0 a best trial was found, 1 none was, 2 bad input, 130 interrupted.
+"""
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+
+from harness import study as studies
+from harness.cli import list_flags, parse
+from harness.record import RecordError, dig, read_records, reason_for
+from harness.study import BadInput
+
+ROOT = Path(__file__).resolve().parent
+FAILURES = 3  # errors in a row that end a sweep
+
+
+@dataclass
+class SweepConfig:
+    """Search the parameters of a sweep file. What follows -- goes to every trial as it is."""
+
+    config: Path = ROOT / "sweep_config.json"  # a sweep file as W&B has them, in JSON
+    backend: str | None = None  # jax, torch or tensorflow for all trials (default: the file's)
+    count: int = 20  # trials of the study, by all workers together; 0 only reports
+    storage: str | None = None  # postgresql://... to share (default: results/sweep-STUDY.db)
+    study: str | None = None  # name (default: of the backend, the file and the flags)
+    results_path: Path | None = None  # file of the records (default: results/sweep-STUDY.jsonl)
+    report: Path | None = None  # page to write (default: results/sweep-STUDY.html)
+    budget: tuple[str, ...] = ()  # FIELD=NUMBER: at most so much in a field of the record
+    script: str = "vit.py"  # what a trial runs, e.g. another checkout's vit.py
+
+
+class TrialFailed(Exception):
+    """A trial that is marked as failed; the sweep goes on."""
+
+
+# ---- What to search ------------------------------------------------------------------------------
+
+
+def list_words(parameters, work):
+    """The flags of a run; it is logged to W&B only where those after -- say so"""
+    words = [] if "use-wandb" in list_flags(work) else ["--no-use-wandb"]
+    words += [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
+    return [*words, *work]
+
+
+def read_budget(texts):
+    """("timing.total_seconds=60",) -> {"timing.total_seconds": 60.0}"""
+    budget = {}
+    for text in texts:
+        field, _, number = text.partition("=")
+        try:
+            budget[field] = float(number)
+        except ValueError as error:
+            expected = "FIELD=NUMBER, such as memory.host_peak_bytes=4e9"
+            raise BadInput(f"--budget: expected {expected}, got {text!r}") from error
+    return budget
+
+
+# ---- A trial -------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs a trial in a process of its own: Optuna calls it, and gets the best epoch's metric"""
+
+    def __init__(self, config, work, console):
+        fixed = {"keras_backend": {"value": config.backend}} if config.backend else {}
+        self.sweep = studies.read_sweep(config.config, fixed, leave_out=list_flags(work))
+        self.space, self.constants = self.sweep["space"], self.sweep["constants"]
+        self.config, self.work, self.console = config, work, console
+        self.budget = read_budget(config.budget)
+        self.metric = self.sweep["metric"]["name"]
+        self.choose = max if self.sweep["metric"]["goal"] == "maximize" else min
+        grid = [len(options.get("choices", ())) for _, options in self.space.values()]
+        is_grid = self.sweep["method"] == "grid"
+        self.count = min(config.count, math.prod(grid)) if is_grid else config.count
+
+    def __call__(self, trial):
+        try:
+            return self.measure(trial)
+        except KeyboardInterrupt:
+            studies.requeue(trial.study, trial, trial.user_attrs.get("attempt", 1))
+            raise
+
+    def measure(self, trial):
+        origins = sorted(studies.find_origin(item) for item in studies.list_latest(trial.study))
+        if origins.index(studies.find_origin(trial)) >= self.count:
+            give_up(trial, "surplus", "another worker was quicker")
+        trial.set_user_attr("node", platform.node())
+        try:
+            sampled = {n: getattr(trial, m)(n, **options) for n, (m, options) in self.space.items()}
+        except ValueError as error:  # the study was begun with other choices of a parameter
+            raise BadInput(f"--study {self.config.study}: {error} Take another name.") from error
+        record_id = f"sweep-{self.config.study}-t{trial.number}"
+        values, is_pruned, last_line = self.run(trial, sampled, record_id)
+        record = find_record(self.config.results_path, record_id)
+        memory = "device" if dig(record, "device.kind") == "gpu" else "host"
+        for name, value in {
+            "record": record_id,
+            "seconds": sum(dig(record, "timing.epoch_seconds") or []),
+            "images_per_second": dig(record, "timing.train_images_per_second"),
+            "peak_bytes": dig(record, f"memory.{memory}_peak_bytes"),
+        }.items():
+            trial.set_user_attr(name, value)
+        if is_pruned:
+            raise optuna.TrialPruned
+        if dig(record, "status") != "ok":
+            error = dig(record, "error") or last_line or "it left neither record nor message"
+            give_up(trial, dig(record, "status") or "error", error)
+        if not values:
+            give_up(trial, "error", f"no epoch had the metric {self.metric}")
+        for field, most in self.budget.items():
+            if not isinstance(dig(record, field), int | float):
+                reason = reason_for(record, field) or "a record has no number of that name"
+                raise BadInput(f"--budget: {field} is not measured here: {reason}")
+            trial.set_constraint(field, dig(record, field) - most)
+        return self.choose(values)
+
+    def run(self, trial, sampled, record_id):
+        """(the metric of each epoch, whether pruned, last line on stderr) of a child process"""
+        values, is_pruned, script = [], False, Path(self.config.script)
+        environment = {**os.environ, "VIT_RECORD_ID": record_id, "VIT_EPOCHS": "/dev/stdout"}
+        environment.setdefault("WANDB_RUN_GROUP", self.config.study)
+        # Seen on a terminal only, and seldom drawn: the trial is being measured.
+        progress = self.console.status(f"trial {trial.number}", refresh_per_second=1)
+        with tempfile.TemporaryDirectory() as folder, progress:
+            command = [sys.executable, str(script if script.exists() else ROOT / script)]
+            command += ["--no-verbose", f"--results-path={self.config.results_path}"]
+            command += [f"--checkpoint-path={folder}/best.weights.h5"]
+            with open(f"{folder}/stderr", "w") as errors:
+                child = subprocess.Popen(
+                    command + list_words(self.constants | sampled, self.work),
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,  # where nobody reads any more, the child ends
+                    stderr=errors,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,  # the terminal's Ctrl-C is for the sweep, not for it
+                )
+            try:
+                for told in read_epochs(child.stdout, self.metric):
+                    values.append(told[self.metric])
+                    trial.report(values[-1], told["epoch"])
+                    place = f"trial {trial.number}, epoch {told['epoch']}/{told['epochs']}"
+                    progress.update(f"{place}: {values[-1]:.4g}")
+                    # After the last epoch there is nothing left to save.
+                    is_pruned = told["epoch"] < told["epochs"] and trial.should_prune()
+                    if is_pruned:
+                        break
+                else:
+                    child.wait()
+            finally:
+                stop_child(child)
+            lines = Path(folder, "stderr").read_text(errors="replace").split("\n")
+        return values, is_pruned, next((line for line in reversed(lines) if line.strip()), "")
+
+
+def give_up(trial, status, error):
+    trial.set_user_attr("status", status)
+    trial.set_user_attr("error", error)
+    raise TrialFailed(error)
+
+
+def read_epochs(stream, metric):
+    """Yields what vit.py tells of an epoch: {"epoch", "epochs", and each metric}"""
+    for line in stream:
+        try:
+            told = json.loads(line)
+        except ValueError:  # a library printed something
+            continue
+        if isinstance(told, dict) and metric in told:
+            yield told
+
+
+def stop_child(child):
+    """End a child that still runs: half a minute to write its record, then by force"""
+    for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, None)):
+        try:
+            if child.poll() is None:
+                os.killpg(child.pid, number)
+                child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+    child.stdout.close()
+
+
+def find_record(path, record_id):
+    """The last record of this id, or None"""
+    try:
+        return [item for item in read_records(path)[0] if item["id"] == record_id][-1]
+    except (RecordError, IndexError):  # it may have died before it wrote one
+        return None
+
+
+def run_trials(study, runner):
+    """Until the study has its trials and none is running; raises TrialFailed after FAILURES"""
+    errors, is_told = [], False
+
+    def tell(study, trial):
+        state, error = studies.name_state(trial), trial.user_attrs.get("error")
+        if state == "surplus":
+            return
+        errors[:] = [*errors, error] if state == "error" else []
+        trials = studies.list_latest(study)
+        times = [item.duration.total_seconds() for item in trials if item.state.is_finished()]
+        workers = 1 + sum(item.state == TrialState.RUNNING for item in trials)
+        left = max(0, runner.count - len(times)) * statistics.mean(times) / workers
+        values = trial.intermediate_values.values()
+        outcome = error or f"{runner.choose(values):.4g}, {len(values)} epochs"
+        text = f"{len(times)}/{runner.count} trial {trial.number}: {state}, {outcome}, "
+        text += f"{trial.duration.total_seconds():.0f} s"
+        runner.console.print(f"{text}, {datetime.timedelta(seconds=round(left))} left")
+
+    while len(errors) < FAILURES:
+        optuna.storages.fail_stale_trials(study)
+        trials = study.get_trials(deepcopy=False)
+        is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        # One whose worker died before its first sign of life runs for ever, and is on no node.
+        is_running = any(
+            trial.state == TrialState.RUNNING and "node" in trial.user_attrs for trial in trials
+        )
+        if len(studies.list_latest(study)) < runner.count or is_waiting:
+            study.optimize(runner, n_trials=1, catch=(TrialFailed,), callbacks=[tell])
+        elif is_running:  # another worker's: if it dies, its trial is ours
+            if not is_told:
+                runner.console.print("waiting for the trials of other workers")
+            is_told = True
+            time.sleep(1)
+        else:
+            return
+    raise TrialFailed(f"{FAILURES} errors in a row, the last: {errors[-1]}")
+
+
+# ---- Report --------------------------------------------------------------------------------------
+
+
+def create_report(study, runner):
+    """What the table and the page show; trials from the best to those that failed"""
+    trials, ranks = studies.list_latest(study), ("complete", "over budget", "pruned")
+    rows = {}
+    for trial in trials:
+        facts, values = trial.user_attrs, trial.intermediate_values.values()
+        memory = facts.get("peak_bytes")
+        cells = [runner.choose(values) if values else None, len(values), facts.get("seconds")]
+        cells += [facts.get("images_per_second"), memory and memory / 2**20]
+        cells = ["–" if cell is None else f"{cell:,.4g}" for cell in cells]
+        rows[trial.number] = [str(trial.number), studies.name_state(trial), *cells]
+
+    def place(trial):
+        state, values = studies.name_state(trial), trial.intermediate_values.values()
+        if state not in ranks or not values:
+            return len(ranks), 0
+        return ranks.index(state), runner.choose(values) * (-1 if runner.choose is max else 1)
+
+    trials.sort(key=place)
+    states = [studies.name_state(trial) for trial in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    best = trials[0] if "complete" in states else None
+    sentence, command = f"no best trial: {counts or 'none was begun'}", ""
+    if best:
+        sentence = f"best of {len(trials)} trials ({counts}): trial {best.number}, "
+        sentence += f"{runner.metric} {best.value:.4g}"
+        words = list_words(runner.constants | best.params, runner.work)
+        words = shlex.join(["python", runner.config.script, *words])
+        whole_words = {"break_long_words": False, "break_on_hyphens": False}
+        command = textwrap.fill(words, 76, subsequent_indent="    ", **whole_words)
+    header = ["trial", "", runner.metric, "epochs", "training, s", "images/s", "peak, MiB"]
+    return {
+        "study": study.study_name,
+        "best": best,
+        "sentence": sentence,
+        "command": command.replace("\n", " \\\n"),
+        "trials": trials,
+        "parameters": list(runner.space),
+        "header": header,
+        "rows": rows,
+    }
+
+
+def print_report(report, console, shown=10):
+    """A table of the best, and the command line of the best of all"""
+    table = Table(*report["header"])
+    for trial in report["trials"][:shown]:
+        table.add_row(*report["rows"][trial.number])
+    console.print(table)
+    if len(report["trials"]) > shown:
+        console.print(f"{len(report['trials']) - shown} more are in the page")
+    console.print(report["sentence"])
+    console.print(report["command"], soft_wrap=True)
+
+
+def write_report(study, report, metric, path):
+    """One page that needs nothing from elsewhere"""
+    import jinja2
+    import plotly.io
+
+    plots, library = {}, True  # plotly's own code stands in the page once
+    for title, figure in studies.create_plots(study, report["trials"], metric).items():
+        if not isinstance(figure, str):
+            figure.update_layout(title=None, template="plotly_white")
+            options = {"full_html": False, "include_plotlyjs": library, "div_id": f"p{len(plots)}"}
+            figure, library = plotly.io.to_html(figure, {"displaylogo": False}, **options), False
+        plots[title] = figure
+    loader = jinja2.FileSystemLoader(ROOT / "harness")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)
+    template = environment.get_template("sweep_report.html.j2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(template.render(report=report, plots=plots), encoding="utf-8")
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+def run_sweep(config, work, console):
+    """Search and report; returns the exit status"""
+    if fixed := list_flags(work) & {"results-path", "checkpoint-path"}:
+        raise BadInput(f"--{min(fixed)} cannot stand after --: leave it out")
+    runner = Runner(config, work, console)
+    told = json.dumps([runner.sweep, work]).encode()
+    name = f"{config.backend or 'all'}-{hashlib.sha256(told).hexdigest()[:8]}"
+    config.study = config.study or name
+    stem = f"results/sweep-{config.study}"
+    config.results_path = config.results_path or Path(f"{stem}.jsonl")
+    config.report = config.report or Path(f"{stem}.html")
+    if not config.storage:
+        Path("results").mkdir(exist_ok=True)
+    study = studies.open_study(
+        config.study,
+        config.storage or f"sqlite:///{stem}.db",
+        direction=runner.sweep["metric"]["goal"],
+        sampler=studies.create_sampler(runner.sweep["method"], runner.space),
+        pruner=studies.create_pruner(runner.sweep),
+    )
+    console.print(f"study {config.study}: {runner.metric}, {runner.count} trials")
+    status = 0
+    try:
+        if runner.count:
+            run_trials(study, runner)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on")
+        status = 130
+    except TrialFailed as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        status = 1
+    report = create_report(study, runner)
+    write_report(study, report, runner.metric, config.report)
+    print_report(report, console)
+    console.print(f"report: {config.report}")
+    return status or (0 if report["best"] else 1)
+
+
+def main(argv=None):
+    """Returns the exit status: 0 a best trial was found, 1 none, 2 bad input, 130 interrupted"""
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    config, work = parse(SweepConfig, argv[:split], __doc__.split("\n\n")[0]), argv[split + 1 :]
+    console = Console(highlight=False, markup=False, emoji=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    try:
+        return run_sweep(config, work, console)
+    except BadInput as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return 2
+    except studies.UNREACHABLE as error:
+        print(f"sweep.py: {studies.explain(error)}; the same command goes on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

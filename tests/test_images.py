@@ -1,0 +1,194 @@
+"""The Dockerfiles and scripts as text; and the images, built and run, where `make test-images` asks
+for it: IMAGES names them, BUILD_ARGS and GPU are flags of `docker build` and `docker run`."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, read_last_record, run_vit
+
+from harness import requirements
+
+DOCKERFILES = sorted(ROOT.glob("Dockerfile.*"))
+SECRET = "key-that-must-not-travel"
+SOMEBODY = os.getuid() or 12345  # root's files would prove nothing
+BACKENDS = {"jax": "jax", "pytorch": "torch", "tensorflow": "tensorflow"}
+IMAGES = os.environ.get("IMAGES", "").split()
+needs_docker = pytest.mark.skipif(not IMAGES, reason="builds images: make test-images")
+NO_GPU = {"VIT_EXPECT_GPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+# ---- as text -----------------------------------------------------------------------------------
+
+
+def lint(program, *files):
+    path = shutil.which(program, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if path is None:
+        pytest.skip(f"{program} is not installed: pip install -e '.[test]'")
+    command = [path, *(["-x"] if program == "shellcheck" else []), *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_dockerfiles_are_clean():
+    assert len(DOCKERFILES) == 5
+    lint("hadolint", *DOCKERFILES)
+
+
+def test_scripts_are_clean():
+    lint("shellcheck", *sorted(ROOT.glob("*.sh")))
+
+
+def read_environment(dockerfile):
+    text = dockerfile.read_text().replace("\\\n", " ")
+    lines = [line[4:] for line in text.splitlines() if line.startswith("ENV ")]
+    return dict(word.split("=", 1) for line in lines for word in shlex.split(line))
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+def test_images_differ_in_what_they_must(dockerfile):
+    device, framework = dockerfile.name.split(".")[1:]
+    jax, own = (read_environment(path) for path in (ROOT / "Dockerfile.ook.jax", dockerfile))
+    different = {name for name in jax | own if jax.get(name) != own.get(name)}
+    allowed = {"ook": {"KERAS_BACKEND"}, "ojo": {"KERAS_BACKEND", "PIP_", "NVIDIA_"}}[device]
+    assert not [name for name in different if not name.startswith(tuple(allowed))]
+    assert own["KERAS_BACKEND"] == BACKENDS[framework] and own["VIT_EXPECT_GPU"] == "1"
+    assert own.get("PIP_INDEX_URL") == {"ook": None, "ojo": ""}[device]
+    assert "requirements.py dependencies sweep" in dockerfile.read_text()
+    assert re.search(r"^ARG BASE_IMAGE=\S+:\S*\d+\.\d+\S*$", dockerfile.read_text(), re.M)
+
+
+def test_requirements_are_the_projects(capsys):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = requirements.list_requirements(project, ["dependencies", "cuda12"])
+    assert listed == [*project["dependencies"], *project["optional-dependencies"]["cuda12"]]
+    with pytest.raises(SystemExit, match="expected groups of dependencies, .*, got cuda11"):
+        requirements.list_requirements(project, ["cuda11"])
+
+
+def test_an_image_for_a_gpu_does_not_measure_the_cpu(tmp_path, backend):
+    done = run_vit(tmp_path, *SMALL, backend=backend, **NO_GPU)
+    assert done.returncode == 2 and not (tmp_path / "results.jsonl").exists()
+    assert "expected a GPU" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags, told", [(["--allow-cpu"], {}), ([], {"JAX_PLATFORMS": "cpu"})])
+def test_unless_it_is_told_to(tmp_path, flags, told):
+    done = run_vit(tmp_path, *SMALL, *flags, **NO_GPU, **told)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_last_record(tmp_path)["device"]["kind"] == "cpu"
+
+
+# ---- built and run -----------------------------------------------------------------------------
+
+
+def docker(*words):
+    done = subprocess.run(["docker", *words], capture_output=True, text=True)
+    done.output = done.stdout + done.stderr
+    return done
+
+
+def build(image, checkout):
+    tag = f"vit-test:{image.replace('.', '-')}"
+    arguments = shlex.split(os.environ.get("BUILD_ARGS", ""))
+    file = checkout / f"Dockerfile.{image}"
+    done = docker("build", *arguments, "-f", str(file), "-t", tag, str(checkout))
+    assert done.returncode == 0, done.output[-3000:]
+    return tag
+
+
+def inspect(tag):
+    return json.loads(docker("image", "inspect", tag).stdout)[0]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A fresh copy of the project, somebody's, with a secret in it."""
+    folder = tmp_path_factory.mktemp("images") / "checkout"
+    names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".env").write_text(f"WANDB_API_KEY={SECRET}\n")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, SOMEBODY, SOMEBODY if os.getuid() == 0 else -1)
+    folder.parent.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module", params=IMAGES)
+def image(request, checkout):
+    return request.param, build(request.param, checkout)
+
+
+def run_image(tag, checkout, *command, flags=()):
+    """Run as the README does, as somebody with the checkout at /app; without W&B."""
+    user = f"{SOMEBODY}:{os.stat(checkout).st_gid}"
+    gpu = shlex.split(os.environ.get("GPU", ""))
+    mount = ["-v", f"{checkout}:/app", "--user", user, "-e", "WANDB_MODE=disabled"]
+    return docker("run", "--rm", *gpu, *mount, *flags, tag, *command)
+
+
+@needs_docker
+def test_an_image_runs_trains_and_leaves_its_users_files(image, checkout):
+    name, tag = image
+    (checkout / "results.jsonl").unlink(missing_ok=True)
+    train = ["python", "vit.py", *SMALL, "--allow-cpu"]
+    for flags, cache in (((), "cold"), (("--network", "none"), "warm")):
+        done = run_image(tag, checkout, *train, flags=flags)
+        assert done.returncode == 0, done.output[-3000:]
+        record = read_last_record(checkout)
+        assert record["backend"] == BACKENDS[name.split(".")[1]]
+        # The cache of compiled code is on the mounted folder: a second start, offline, is warm.
+        if record["backend"] != "tensorflow":  # it keeps none
+            assert record["timing"]["compile_cache"] == cache
+    owners = {path.lstat().st_uid for path in checkout.rglob("*")}
+    assert owners == {SOMEBODY}
+
+
+@needs_docker
+def test_an_image_without_a_gpu_says_so(image, checkout):
+    tag = image[1]
+    done = docker("run", "--rm", tag, "python", "vit.py", *SMALL, "--no-use-wandb")
+    assert done.returncode == 2 and "expected a GPU" in done.stderr.splitlines()[-1]
+
+
+@needs_docker
+def test_an_image_holds_the_pins_and_no_secret(image, checkout):
+    name, tag = image
+    shown = run_image(tag, checkout, "pip", "list", "--format=freeze").stdout.lower().split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = project["dependencies"] + project["optional-dependencies"]["sweep"]
+    if name.startswith("ojo"):  # the base's own NumPy
+        pins = [pin for pin in pins if not pin.startswith("numpy")]
+    assert [pin for pin in pins if pin.lower() not in shown] == []
+    check = docker("run", "--rm", tag, "pip", "check")
+    assert check.returncode == 0, check.output
+    inside = docker("run", "--rm", tag, "sh", "-c", "find /app -type f | sort").stdout.split()
+    assert "/app/vit.py" in inside and not [path for path in inside if "/." in path]
+    found = docker("run", "--rm", tag, "grep", "-rl", SECRET, "/app", "/build", "/root", "/tmp")
+    assert (found.returncode, found.stdout) == (1, "")
+
+
+@needs_docker
+def test_an_image_runs_without_a_mount_as_anybody(image):
+    command = ["python", "vit.py", *SMALL, "--allow-cpu", "--no-use-wandb", "--trainer=fit"]
+    done = docker("run", "--rm", "--user", "12345:12345", image[1], *command)
+    assert done.returncode == 0 and "test accuracy" in done.stdout, done.output[-3000:]
+    assert inspect(image[1])["Config"]["Cmd"] == ["python", "vit.py"]
+
+
+@needs_docker
+def test_an_edit_of_the_code_keeps_the_layers_below(image, checkout):
+    name, tag = image
+    before = inspect(tag)["RootFS"]["Layers"]
+    with (checkout / "vit.py").open("a") as file:
+        file.write(f"# edited for {name}\n")
+    after = inspect(build(name, checkout))["RootFS"]["Layers"]
+    assert before[:-2] == after[:-2] and before[-2] != after[-2]  # code, and what --help left
