@@ -88,7 +88,7 @@ def test_a_sweep_of_two_trials(checkout):
     assert created["parameters"]["keras_backend"]["value"] == "jax"
     assert created["parameters"]["learning_rate"]["values"] == rates
     # both trials ran, with the sweep's values
-    records = [json.loads(line) for line in (checkout / "results.jsonl").open()]
+    records = [json.loads(line) for line in (checkout / "results.jsonl").read_text().splitlines()]
     assert [record["config"]["learning_rate"] for record in records] == rates
     assert read_last_record(checkout)["config"]["node_name"] == "ook"
     assert {record["status"] for record in records} == {"ok"}
