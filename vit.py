@@ -136,12 +136,24 @@ def _set_backend_from_env_or_cli(argv):
     environment.set_variables()
 
 
+def _accept_cpu(config):
+    """There is no GPU: end the process with exit code 2 in an image that is made for one, unless
+    the user said to go on."""
+    if os.environ.get("VIT_EXPECT_GPU") == "1":
+        if not config.allow_cpu and os.environ.get("JAX_PLATFORMS") != "cpu":
+            remedy = "docker run --gpus all (on a Jetson --runtime nvidia), or --allow-cpu"
+            fail(f"expected a GPU, for which this image is made, got none: {remedy}")
+        os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX looks for it and prints a traceback
+
+
 if __name__ == "__main__":  # --help and bad values end here, before the slow imports
     from dotenv import find_dotenv, load_dotenv
 
     load_dotenv(find_dotenv(usecwd=True))
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse(ViTConfig, sys.argv[1:], __doc__.split("\n\n")[0])
+    if not environment.has_cuda():
+        _accept_cpu(CONFIG)
     environment.keep_memory()
 else:  # imported, by another command with its own flags or by a test
     _set_backend_from_env_or_cli(sys.argv[1:])
@@ -629,10 +641,8 @@ def main(config, subject=None):
                 f"PyTorch compiles with {compiler}, which is not here: install it, or --trainer fit"
             )
     machine = telemetry.describe_machine()  # before the backend touches the GPU
-    is_told = config.allow_cpu or os.environ.get("JAX_PLATFORMS") == "cpu"
-    if os.environ.get("VIT_EXPECT_GPU") == "1" and not is_told and not engine.on_gpu():
-        remedy = "docker run --gpus all (on a Jetson --runtime nvidia), or --allow-cpu"
-        fail(f"expected a GPU, for which this image is made, got none: {remedy}")
+    if not engine.on_gpu():
+        _accept_cpu(config)
     try:
         precision = engine.set_precision(config.precision)
     except ValueError as error:

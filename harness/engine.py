@@ -395,9 +395,12 @@ def _compile_torch(function, *arguments):
         return tuple(function(*tree_unflatten(leaves, structure)))
 
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
-    compiled = torch._inductor.standalone_compile(
-        graph, leaves, dynamic_shapes="from_example_inputs", donate_graph_module=True
-    )
+    if hasattr(torch._inductor, "standalone_compile"):
+        compiled = torch._inductor.standalone_compile(
+            graph, leaves, dynamic_shapes="from_example_inputs"
+        )
+    else:  # before 2.8, such as a Jetson's
+        compiled = torch._inductor.compile(graph, leaves)
     environment.return_memory()
     return lambda *arguments: compiled(*tree_leaves(arguments))
 

@@ -53,6 +53,14 @@ def set_variables():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+def has_cuda():
+    """Whether CUDA's driver finds a GPU: asked as frameworks ask, but quietly."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
+
+
 def count_compiled(backend, is_compiled):
     """How many files the persistent compilation cache holds: a cold start adds some.
 
