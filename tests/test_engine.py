@@ -203,3 +203,19 @@ def test_draws():
     angle = np.arctan2(maps[:, 1, 0], np.abs(maps[:, 0, 0])) / (2 * np.pi)
     assert 0.8 <= zoom_x.min() < 0.81 and 1.19 < zoom_x.max() <= 1.2 + 1e-6
     assert np.abs(angle).max() <= 0.02 + 1e-6 and np.abs(angle).max() > 0.019
+
+
+def test_a_torch_older_than_standalone_compile(tmp_path):
+    code = """
+import json, torch
+from harness import engine
+import torch._inductor
+del torch._inductor.standalone_compile
+def step(x, state):
+    state.copy_(state + 1)
+    return [x * 2 + state]
+x, state = torch.arange(3.0), torch.ones(())
+compiled = engine._compile_torch(step, x, state)
+print(json.dumps([compiled(x, state)[0].tolist(), compiled(x, state)[0].tolist(), float(state)]))
+"""
+    assert run_code(tmp_path, "torch", code) == [[2.0, 4.0, 6.0], [3.0, 5.0, 7.0], 3.0]
