@@ -9,23 +9,25 @@
 Each trial is a process, vit.py with the sampled flags, and leaves its record. What stands after
 `--` goes to every trial as it is and takes a parameter out of the search. `method` is random, grid
 or bayes (Optuna's TPE); `early_terminate` gives each epoch's metric to Optuna's HyperbandPruner,
-and a trial that does not promise enough is ended. A trial counts with its best epoch: vit.py tests
-those weights. One that fails or runs out of memory is marked, and the sweep goes on, unless three
-end in an error in a row.
+and a trial that does not promise enough is ended. A trial counts with its best epoch. One that
+fails or runs out of memory is marked, and the sweep goes on, unless three end in an error in a row.
 
-A study's name is the backend and a hash over file and flags: the same command finds it again, and
-on another machine its colleagues. A trial whose worker gives no sign of life for a minute is begun
-anew by whoever asks next, three times at most.
+A study is named after the backend and a hash over file, flags and budget: the same command finds it
+again, and on another machine its colleagues. Its records, page and database are
+results/sweep-STUDY.jsonl, .html and .db. A trial whose worker gives no sign of life for a minute is
+begun anew by whoever asks next, three times at most.
 
 `--budget FIELD=NUMBER ...`: at most so much in these fields of the record, such as
 timing.evaluation_seconds or memory.device_peak_bytes. A trial beyond it is never the best, and
-bayes learns to stay within. What is measured keeps its budget: with a new one give a new --study.
+bayes learns to stay within.
 
-Exit status: 0 a best trial was found, 1 none was, 2 bad input, 130 interrupted.
+Exit codes: 0 a best trial was found; 1 none was, three errors in a row, or the database was lost;
+2 bad input; 130 interrupted (Ctrl-C, SIGTERM).
 """
 
 import datetime
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -41,17 +43,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import optuna
-from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
-from harness import study as studies
-from harness.cli import list_flags, parse
+from harness.cli import fail, list_flags, parse
 from harness.record import RecordError, dig, read_records, reason_for
-from harness.study import BadInput
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+
+    from harness import study as studies
+    from harness.study import BadInput
+except ModuleNotFoundError as error:  # the only command that needs them
+    fail(f"{error.name} is not installed: pip install '.[sweep]'")
 
 ROOT = Path(__file__).resolve().parent
+BACKENDS = ("jax", "torch", "tensorflow")
 FAILURES = 3  # errors in a row that end a sweep
 
 
@@ -63,11 +71,8 @@ class SweepConfig:
     backend: str | None = None  # jax, torch or tensorflow for all trials (default: the file's)
     count: int = 20  # trials of the study, by all workers together; 0 only reports
     storage: str | None = None  # postgresql://... to share (default: results/sweep-STUDY.db)
-    study: str | None = None  # name (default: of the backend, the file and the flags)
-    results_path: Path | None = None  # file of the records (default: results/sweep-STUDY.jsonl)
-    report: Path | None = None  # page to write (default: results/sweep-STUDY.html)
+    study: str | None = None  # name (default: of the backend, the file, the flags and the budget)
     budget: tuple[str, ...] = ()  # FIELD=NUMBER: at most so much in a field of the record
-    script: str = "vit.py"  # what a trial runs, e.g. another checkout's vit.py
 
 
 class TrialFailed(Exception):
@@ -82,6 +87,14 @@ def list_words(parameters, work):
     words = [] if "use-wandb" in list_flags(work) else ["--no-use-wandb"]
     words += [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
     return [*words, *work]
+
+
+def find_program(name):
+    """What a trial runs: the sweep file's program, here or beside this file"""
+    path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
+    if path is None:
+        raise BadInput(f"program: expected a script such as vit.py, got {name}, which is not here")
+    return path
 
 
 def read_budget(texts):
@@ -107,19 +120,23 @@ class Runner:
         fixed = {"keras_backend": {"value": config.backend}} if config.backend else {}
         self.sweep = studies.read_sweep(config.config, fixed, leave_out=list_flags(work))
         self.space, self.constants = self.sweep["space"], self.sweep["constants"]
-        self.config, self.work, self.console = config, work, console
-        self.budget = read_budget(config.budget)
+        self.work, self.console, self.budget = work, console, read_budget(config.budget)
+        self.program = find_program(self.sweep["program"])
         self.metric = self.sweep["metric"]["name"]
         self.choose = max if self.sweep["metric"]["goal"] == "maximize" else min
         grid = [len(options.get("choices", ())) for _, options in self.space.values()]
         is_grid = self.sweep["method"] == "grid"
         self.count = min(config.count, math.prod(grid)) if is_grid else config.count
+        told = json.dumps([self.sweep, work, self.budget])
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()[:8]
+        self.study = config.study or f"{config.backend or 'all'}-{self.fingerprint}"
+        self.stem = f"results/sweep-{self.study}"
 
     def __call__(self, trial):
         try:
             return self.measure(trial)
         except KeyboardInterrupt:
-            studies.requeue(trial.study, trial, trial.user_attrs.get("attempt", 1))
+            studies.requeue(trial.study, trial.study.trials[trial.number], is_dead=False)
             raise
 
     def measure(self, trial):
@@ -127,13 +144,10 @@ class Runner:
         if origins.index(studies.find_origin(trial)) >= self.count:
             give_up(trial, "surplus", "another worker was quicker")
         trial.set_user_attr("node", platform.node())
-        try:
-            sampled = {n: getattr(trial, m)(n, **options) for n, (m, options) in self.space.items()}
-        except ValueError as error:  # the study was begun with other choices of a parameter
-            raise BadInput(f"--study {self.config.study}: {error} Take another name.") from error
-        record_id = f"sweep-{self.config.study}-t{trial.number}"
-        values, is_pruned, last_line = self.run(trial, sampled, record_id)
-        record = find_record(self.config.results_path, record_id)
+        sampled = {n: getattr(trial, m)(n, **options) for n, (m, options) in self.space.items()}
+        record_id = f"sweep-{self.study}-t{trial.number}"
+        values, is_pruned, failure = self.run(trial, sampled, record_id)
+        record = find_record(f"{self.stem}.jsonl", record_id)
         memory = "device" if dig(record, "device.kind") == "gpu" else "host"
         for name, value in {
             "record": record_id,
@@ -145,8 +159,7 @@ class Runner:
         if is_pruned:
             raise optuna.TrialPruned
         if dig(record, "status") != "ok":
-            error = dig(record, "error") or last_line or "it left neither record nor message"
-            give_up(trial, dig(record, "status") or "error", error)
+            give_up(trial, *((record["status"], record["error"]) if record else failure))
         if not values:
             give_up(trial, "error", f"no epoch had the metric {self.metric}")
         for field, most in self.budget.items():
@@ -157,22 +170,24 @@ class Runner:
         return self.choose(values)
 
     def run(self, trial, sampled, record_id):
-        """(the metric of each epoch, whether pruned, last line on stderr) of a child process"""
-        values, is_pruned, script = [], False, Path(self.config.script)
+        """A child process: (the metric of each epoch, whether pruned, (status, error) in case it
+        left no record)
+        """
+        values, is_pruned = [], False
         environment = {**os.environ, "VIT_RECORD_ID": record_id, "VIT_EPOCHS": "/dev/stdout"}
-        environment.setdefault("WANDB_RUN_GROUP", self.config.study)
+        environment.setdefault("WANDB_RUN_GROUP", self.study)
         # Seen on a terminal only, and seldom drawn: the trial is being measured.
         progress = self.console.status(f"trial {trial.number}", refresh_per_second=1)
         with tempfile.TemporaryDirectory() as folder, progress:
-            command = [sys.executable, str(script if script.exists() else ROOT / script)]
-            command += ["--no-verbose", f"--results-path={self.config.results_path}"]
+            command = [sys.executable, str(self.program)]
+            command += ["--no-verbose", f"--results-path={self.stem}.jsonl"]
             command += [f"--checkpoint-path={folder}/best.weights.h5"]
             with open(f"{folder}/stderr", "w") as errors:
                 child = subprocess.Popen(
                     command + list_words(self.constants | sampled, self.work),
                     env=environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,  # where nobody reads any more, the child ends
+                    stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
                     errors="replace",
@@ -192,8 +207,11 @@ class Runner:
                     child.wait()
             finally:
                 stop_child(child)
-            lines = Path(folder, "stderr").read_text(errors="replace").split("\n")
-        return values, is_pruned, next((line for line in reversed(lines) if line.strip()), "")
+            told = Path(folder, "stderr").read_text(errors="replace").strip()
+        failure = "error", told.split("\n")[-1] or "it left neither record nor message"
+        if child.returncode == -signal.SIGKILL:  # by the kernel: it leaves the child no word
+            failure = "oom", "killed (SIGKILL), most likely because memory ran out"
+        return values, is_pruned, failure
 
 
 def give_up(trial, status, error):
@@ -264,7 +282,8 @@ def run_trials(study, runner):
             study.optimize(runner, n_trials=1, catch=(TrialFailed,), callbacks=[tell])
         elif is_running:  # another worker's: if it dies, its trial is ours
             if not is_told:
-                runner.console.print("waiting for the trials of other workers")
+                told = "waiting for other workers' trials, to begin anew those whose worker died"
+                runner.console.print(told)
             is_told = True
             time.sleep(1)
         else:
@@ -301,16 +320,17 @@ def create_report(study, runner):
     if best:
         sentence = f"best of {len(trials)} trials ({counts}): trial {best.number}, "
         sentence += f"{runner.metric} {best.value:.4g}"
-        words = list_words(runner.constants | best.params, runner.work)
-        words = shlex.join(["python", runner.config.script, *words])
+        words = ["python", runner.sweep["program"]]
+        words += list_words(runner.constants | best.params, runner.work)
+        quoted = " ".join(shlex.quote(word).replace(" ", "\0") for word in words)  # never broken
         whole_words = {"break_long_words": False, "break_on_hyphens": False}
-        command = textwrap.fill(words, 76, subsequent_indent="    ", **whole_words)
+        command = textwrap.fill(quoted, 76, subsequent_indent="    ", **whole_words)
     header = ["trial", "", runner.metric, "epochs", "training, s", "images/s", "peak, MiB"]
     return {
         "study": study.study_name,
         "best": best,
         "sentence": sentence,
-        "command": command.replace("\n", " \\\n"),
+        "command": command.replace("\n", " \\\n").replace("\0", " "),
         "trials": trials,
         "parameters": list(runner.space),
         "header": header,
@@ -345,7 +365,6 @@ def write_report(study, report, metric, path):
     loader = jinja2.FileSystemLoader(ROOT / "harness")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)
     template = environment.get_template("sweep_report.html.j2")
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(template.render(report=report, plots=plots), encoding="utf-8")
 
 
@@ -354,25 +373,29 @@ def write_report(study, report, metric, path):
 
 def run_sweep(config, work, console):
     """Search and report; returns the exit status"""
-    if fixed := list_flags(work) & {"results-path", "checkpoint-path"}:
-        raise BadInput(f"--{min(fixed)} cannot stand after --: leave it out")
+    if fixed := list_flags(work) & {"results-path", "checkpoint-path", "keras-backend"}:
+        raise BadInput(f"--{min(fixed)} cannot stand after --: expected --backend or nothing")
+    if config.backend not in (None, *BACKENDS):
+        raise BadInput(f"--backend: expected {', '.join(BACKENDS)}, got {config.backend!r}")
+    if config.backend and importlib.util.find_spec(config.backend) is None:
+        remedy = f"pip install '.[{config.backend}]'"
+        raise BadInput(f"--backend: {config.backend} is not installed: {remedy}")
     runner = Runner(config, work, console)
-    told = json.dumps([runner.sweep, work]).encode()
-    name = f"{config.backend or 'all'}-{hashlib.sha256(told).hexdigest()[:8]}"
-    config.study = config.study or name
-    stem = f"results/sweep-{config.study}"
-    config.results_path = config.results_path or Path(f"{stem}.jsonl")
-    config.report = config.report or Path(f"{stem}.html")
-    if not config.storage:
-        Path("results").mkdir(exist_ok=True)
+    Path("results").mkdir(exist_ok=True)
     study = studies.open_study(
-        config.study,
-        config.storage or f"sqlite:///{stem}.db",
+        runner.study,
+        config.storage or f"sqlite:///{runner.stem}.db",
         direction=runner.sweep["metric"]["goal"],
         sampler=studies.create_sampler(runner.sweep["method"], runner.space),
         pruner=studies.create_pruner(runner.sweep),
     )
-    console.print(f"study {config.study}: {runner.metric}, {runner.count} trials")
+    if study.user_attrs.get("fingerprint", runner.fingerprint) != runner.fingerprint:
+        raise BadInput(
+            f"--study {runner.study}: it was begun with another file, other flags or another "
+            "budget: give another name, or none"
+        )
+    study.set_user_attr("fingerprint", runner.fingerprint)
+    console.print(f"study {runner.study}: {runner.metric}, {runner.count} trials")
     status = 0
     try:
         if runner.count:
@@ -381,17 +404,17 @@ def run_sweep(config, work, console):
         console.print("interrupted; the same command goes on")
         status = 130
     except TrialFailed as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
+        print(f"sweep.py: error: {error}", file=sys.stderr)
         status = 1
-    report = create_report(study, runner)
-    write_report(study, report, runner.metric, config.report)
+    report, page = create_report(study, runner), Path(f"{runner.stem}.html")
+    write_report(study, report, runner.metric, page)
     print_report(report, console)
-    console.print(f"report: {config.report}")
+    console.print(f"report: {page}")
     return status or (0 if report["best"] else 1)
 
 
 def main(argv=None):
-    """Returns the exit status: 0 a best trial was found, 1 none, 2 bad input, 130 interrupted"""
+    """Returns the exit code; those are listed at the top"""
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     config, work = parse(SweepConfig, argv[:split], __doc__.split("\n\n")[0]), argv[split + 1 :]
@@ -401,11 +424,9 @@ def main(argv=None):
     try:
         return run_sweep(config, work, console)
     except BadInput as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        return 2
+        fail(error)
     except studies.UNREACHABLE as error:
-        print(f"sweep.py: {studies.explain(error)}; the same command goes on", file=sys.stderr)
-        return 1
+        fail(f"the database: {studies.explain(error)}: the same command goes on", code=1)
     except KeyboardInterrupt:
         return 130
 

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from harness import environment, tracking
+from harness import ending, environment, tracking
 from harness.cli import ConfigError, check_config, check_writable, choose_micro_batch, fail, parse
 
 PROCESS_STARTED = time.perf_counter()
@@ -150,6 +150,8 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
     from dotenv import find_dotenv, load_dotenv
 
     load_dotenv(find_dotenv(usecwd=True))
+    if os.environ.get("VIT_EPOCHS"):  # a sweep's trial
+        ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse(ViTConfig, sys.argv[1:], __doc__.split("\n\n")[0])
     if not environment.has_cuda():
@@ -163,7 +165,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
-from harness import augment, data, ending, engine, record, telemetry  # noqa: E402
+from harness import augment, data, engine, record, telemetry  # noqa: E402
 from harness.dropout import Dropout, MultiHeadAttention  # noqa: E402
 from harness.stopwatch import Progress, Stopwatch, measure_matmul  # noqa: E402
 

@@ -4,7 +4,9 @@ The exit codes are listed at the top of vit.py. An exception that is no surprise
 it means: its class has `ending`, a status and an exit code.
 """
 
+import ctypes
 import signal
+import sys
 import traceback
 
 NOT_WRITTEN = 6
@@ -17,6 +19,14 @@ OUT_OF_MEMORY = (  # each framework words it in its own way
 
 class Terminated(BaseException):
     """SIGTERM; like KeyboardInterrupt no Exception, so that nothing swallows it."""
+
+
+def end_with_parent():
+    """Have SIGTERM end this process as soon as the one that started it is gone, however that
+    ended (Linux; elsewhere nothing changes)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, man 2 prctl; it survives an exec
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def run_to_end(run, remedy):

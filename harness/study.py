@@ -45,39 +45,61 @@ def read_sweep(path, fixed, leave_out):
         sweep = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"--config: expected a sweep file in JSON, got {path}: {error}") from error
-    known = {
-        "method": ("random", "grid", "bayes"),
-        "metric.goal": ("maximize", "minimize"),
-        "early_terminate.type": ("hyperband", None),
+    checks = {  # field: (the type or the values that are accepted, what is expected)
+        "program": (str, "a script such as vit.py"),
+        "method": (("random", "grid", "bayes"), "random, grid or bayes"),
+        "metric.name": (str, "a metric such as val_top-5-accuracy"),
+        "metric.goal": (("maximize", "minimize"), "maximize or minimize"),
+        "parameters": (dict, "an object"),
     }
-    for field, accepted in known.items():
-        group, _, name = field.rpartition(".")
-        got = (sweep.get(group, {}) if group else sweep).get(name)
-        if got not in accepted:
-            expected = " or ".join(filter(None, accepted))
-            raise BadInput(f"{path}: {field}: expected {expected}, got {got!r}")
-    given = (sweep["parameters"] | fixed).items()
-    given = {name: spec for name, spec in given if name.replace("_", "-") not in leave_out}
-    constants = {name: spec["value"] for name, spec in given.items() if "value" in spec}
-    space = {n: read_parameter(path, n, spec) for n, spec in given.items() if n not in constants}
-    for name, (_, options) in space.items():
+    if find(sweep, "early_terminate"):
+        first = "max_iter" if find(sweep, "early_terminate.max_iter") else "min_iter"
+        checks["early_terminate.type"] = (("hyperband",), "hyperband")
+        checks[f"early_terminate.{first}"] = (int, "a number of epochs")
+    for field, (accepted, expected) in checks.items():
+        got = find(sweep, field)
+        if not (got in accepted if isinstance(accepted, tuple) else isinstance(got, accepted)):
+            raise BadInput(f"{path}: {field}: expected {expected}, got {json.dumps(got)}")
+    space, constants = {}, {}
+    for name, spec in (sweep["parameters"] | fixed).items():
+        if name.replace("_", "-") in leave_out:
+            continue
+        if isinstance(spec, dict) and "value" in spec:
+            constants[name] = spec["value"]
+            continue
+        try:
+            method, options = space[name] = read_parameter(spec)
+            getattr(optuna.create_study().ask(), method)(name, **options)  # does Optuna take it?
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"{path}: {name}: {error}, got {json.dumps(spec)}") from error
         if sweep["method"] == "grid" and "choices" not in options:
             raise BadInput(f"{path}: {name}: expected values, for a grid; or the method random")
     return {**sweep, "space": space, "constants": constants}
 
 
-def read_parameter(path, name, spec):
-    """{"distribution": "log_uniform_values", "min": ...} -> ("suggest_float", {"low": ...})"""
-    if set(spec) <= {"values", "distribution"} and spec.get("values"):
+def find(sweep, dotted):
+    """The value at "metric.goal", None where any part of the way is missing."""
+    for key in dotted.split("."):
+        sweep = sweep.get(key) if isinstance(sweep, dict) else None
+    return sweep
+
+
+def read_parameter(spec):
+    """{"distribution": "log_uniform_values", "min": ...} -> ("suggest_float", {"low": ...})
+
+    ValueError: what was expected.
+    """
+    keys = set(spec) if isinstance(spec, dict) else set()
+    if "values" in keys and keys <= {"values", "distribution"}:
         return "suggest_categorical", {"choices": spec["values"]}
-    low, high = spec.get("min"), spec.get("max")
-    is_whole = isinstance(low, int) and isinstance(high, int)
-    kind = spec.get("distribution", "int_uniform" if is_whole else "uniform")
-    if kind not in RANGES or None in (low, high) or set(spec) > {"min", "max", "distribution"}:
-        known = f"value, values, or min and max with {', '.join(RANGES)}"
-        raise BadInput(f"{path}: {name}: expected {known}; got {json.dumps(spec)}")
-    method, options = RANGES[kind]
-    return method, {"low": low, "high": high, **options}
+    if {"min", "max"} <= keys <= {"min", "max", "distribution"}:
+        low, high = spec["min"], spec["max"]
+        is_whole = isinstance(low, int) and isinstance(high, int)
+        kind = spec.get("distribution", "int_uniform" if is_whole else "uniform")
+        if kind in RANGES:
+            method, options = RANGES[kind]
+            return method, {"low": low, "high": high, **options}
+    raise ValueError(f"expected value, values, or min and max with {', '.join(RANGES)}")
 
 
 def create_sampler(method, space):
@@ -119,8 +141,8 @@ def open_study(name, url, **options):
                 storage=storage, study_name=name, load_if_exists=True, **options
             )
         except (ImportError, sqlalchemy.exc.ArgumentError) as error:
-            known = "postgresql://user@host/database or sqlite:///file"
-            raise BadInput(f"--storage: expected {known}, got {url}: {explain(error)}") from error
+            known = "postgresql://user@host/database"  # a URL may hold a password: none is shown
+            raise BadInput(f"--storage: expected {known}, got: {explain(error)}") from error
         except UNREACHABLE as error:
             if wait is None:
                 raise BadInput(f"--storage: expected a database, got: {explain(error)}") from error
@@ -132,9 +154,9 @@ def explain(error):
     return str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()[0]
 
 
-def requeue(study, trial, attempt=None):
-    """Have a trial begun anew whose worker died (or, with its attempt given, was interrupted)."""
-    attempt = attempt or trial.user_attrs.get("attempt", 1) + 1
+def requeue(study, trial, is_dead=True):
+    """Have a trial begun anew whose worker died (or else was interrupted, which does no harm)."""
+    attempt = trial.user_attrs.get("attempt", 1) + is_dead
     if attempt <= ATTEMPTS:
         again = optuna.create_trial(
             state=TrialState.WAITING,
