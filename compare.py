@@ -916,10 +916,13 @@ def upload_report(report, folder, paths):
     except ValueError as error:
         raise BadInput(str(error)) from error
     with tracking.forgiving("the report was not uploaded"):
-        for row in filter(lambda row: row["key"], report["rows"]):
-            medians = zip(report["labels"], (cell["median"] for cell in row["cells"]))
-            run.summary.update({f"{row['key']}/{label}": median for label, median in medians})
-        run.summary["sentence"] = report["sentence"]
+        figures = {
+            f"{row['key']}/{label}": cell["median"]
+            for row in report["rows"]
+            for label, cell in zip(report["labels"], row["cells"])
+            if row["key"] and cell["median"] is not None
+        }
+        run.summary.update({**figures, "sentence": report["sentence"]})
         tracking.log_page(run, "report", (folder / "report.html").read_text(encoding="utf-8"))
         files = [*folder.glob("report.*"), *paths]
         tracking.log_files(run, "comparison", {path.name: path.read_bytes() for path in files})
