@@ -43,8 +43,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import rich.box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from harness.cli import fail, list_flags, parse
 from harness.record import RecordError, dig, read_records, reason_for
@@ -325,7 +326,7 @@ def create_report(study, runner):
         quoted = " ".join(shlex.quote(word).replace(" ", "\0") for word in words)  # never broken
         whole_words = {"break_long_words": False, "break_on_hyphens": False}
         command = textwrap.fill(quoted, 76, subsequent_indent="    ", **whole_words)
-    header = ["trial", "", runner.metric, "epochs", "training, s", "images/s", "peak, MiB"]
+    header = ["trial", "", runner.metric, "epochs", "seconds", "images/s", "peak MiB"]
     return {
         "study": study.study_name,
         "best": best,
@@ -340,7 +341,8 @@ def create_report(study, runner):
 
 def print_report(report, console, shown=10):
     """A table of the best, and the command line of the best of all"""
-    table = Table(*report["header"])
+    columns = [Column(name, overflow="fold") for name in report["header"]]
+    table = Table(*columns, box=rich.box.SIMPLE, pad_edge=False, collapse_padding=True)
     for trial in report["trials"][:shown]:
         table.add_row(*report["rows"][trial.number])
     console.print(table)
@@ -358,9 +360,19 @@ def write_report(study, report, metric, path):
     plots, library = {}, True  # plotly's own code stands in the page once
     for title, figure in studies.create_plots(study, report["trials"], metric).items():
         if not isinstance(figure, str):
-            figure.update_layout(title=None, template="plotly_white")
+            figure.update_layout(
+                title=None,
+                template="plotly_white",
+                margin={"t": 30, "r": 30, "l": 60, "b": 10},
+                legend={"orientation": "h", "y": 1, "yanchor": "bottom"},
+            )
+            figure.update_xaxes(automargin=True)
+            figure.update_yaxes(automargin=True)
             options = {"full_html": False, "include_plotlyjs": library, "div_id": f"p{len(plots)}"}
-            figure, library = plotly.io.to_html(figure, {"displaylogo": False}, **options), False
+            if "Parallel" in title:  # on a phone it is scrolled
+                options["default_width"] = f"max(100%, {5 * len(report['parameters'])}rem)"
+            figure = plotly.io.to_html(figure, {"displayModeBar": False}, **options)
+            library = False
         plots[title] = figure
     loader = jinja2.FileSystemLoader(ROOT / "harness")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)

@@ -24,6 +24,8 @@ RANGES = {  # distribution in a sweep file: (method of optuna.Trial, its options
     "uniform": ("suggest_float", {}),
     "log_uniform_values": ("suggest_float", {"log": True}),
 }
+# Optuna's traces of a Pareto front from the last, each by one colour instead of trials' numbers.
+FRONT = (("on the front", "#D55E00"), ("not on it", "#0072B2"), ("over budget", "#BBBBBB"))
 UNREACHABLE = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
@@ -195,8 +197,10 @@ def create_plots(study, trials, metric):
         return {"Plots": "They need two trials that completed, with different results."}
     plots["History"] = show.plot_optimization_history(study, target_name=metric)
     plots["Importance of the parameters (PED-ANOVA)"] = show.plot_param_importances(study)
-    plots["Parallel coordinates"] = show.plot_parallel_coordinate(study, target_name=metric)
-    for fact, name, unit in (("seconds", "training, s", 1), ("peak_bytes", "peak, MiB", 2**20)):
+    figure = show.plot_parallel_coordinate(study, target_name=metric)
+    figure.update_traces(marker_showscale=False)  # the first axis has it
+    plots["Parallel coordinates"] = figure
+    for fact, name, unit in (("seconds", "seconds of training", 1), ("peak_bytes", "peak MiB", 2**20)):
         # Optuna prunes studies of one aim only; this one, in memory, has two.
         front = optuna.create_study(directions=[study.direction, "minimize"])
         known = [trial for trial in complete if trial.user_attrs.get(fact)]
@@ -210,6 +214,10 @@ def create_plots(study, trials, metric):
             )
             front.add_trial(again)
         title = f"Pareto front: {metric} against {name}"
-        figure = show.plot_pareto_front(front, target_names=[metric, name]) if known else None
-        plots[title] = figure or "No trial measured it."
+        plots[title] = "No trial measured it."
+        if known:
+            plots[title] = show.plot_pareto_front(front, target_names=[metric, name])
+            for trace, (label, colour) in zip(reversed(plots[title].data), FRONT):
+                marker = {"color": colour, "showscale": False}
+                trace.update(name=label, marker=marker, showlegend=True)
     return plots
