@@ -24,6 +24,7 @@ RANGES = {  # distribution in a sweep file: (method of optuna.Trial, its options
     "uniform": ("suggest_float", {}),
     "log_uniform_values": ("suggest_float", {"log": True}),
 }
+COSTS = (("seconds", "seconds of training", 1), ("peak_bytes", "peak MiB", 2**20))
 # Optuna's traces of a Pareto front from the last, each by one colour instead of trials' numbers.
 FRONT = (("on the front", "#D55E00"), ("not on it", "#0072B2"), ("over budget", "#BBBBBB"))
 UNREACHABLE = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
@@ -47,20 +48,20 @@ def read_sweep(path, fixed, leave_out):
         sweep = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"--config: expected a sweep file in JSON, got {path}: {error}") from error
-    checks = {  # field: (the type or the values that are accepted, what is expected)
+    checks = {  # field: (the type or the values of which it must be, what is expected)
         "program": (str, "a script such as vit.py"),
         "method": (("random", "grid", "bayes"), "random, grid or bayes"),
         "metric.name": (str, "a metric such as val_top-5-accuracy"),
         "metric.goal": (("maximize", "minimize"), "maximize or minimize"),
         "parameters": (dict, "an object"),
     }
-    if find(sweep, "early_terminate"):
-        first = "max_iter" if find(sweep, "early_terminate.max_iter") else "min_iter"
+    if find(sweep, "early_terminate") is not None:
+        first = "min_iter" if find(sweep, "early_terminate.max_iter") is None else "max_iter"
         checks["early_terminate.type"] = (("hyperband",), "hyperband")
-        checks[f"early_terminate.{first}"] = (int, "a number of epochs")
+        checks[f"early_terminate.{first}"] = (range(1, 2**31), "a number of epochs")
     for field, (accepted, expected) in checks.items():
         got = find(sweep, field)
-        if not (got in accepted if isinstance(accepted, tuple) else isinstance(got, accepted)):
+        if not (isinstance(got, accepted) if isinstance(accepted, type) else got in accepted):
             raise BadInput(f"{path}: {field}: expected {expected}, got {json.dumps(got)}")
     space, constants = {}, {}
     for name, spec in (sweep["parameters"] | fixed).items():
@@ -200,7 +201,7 @@ def create_plots(study, trials, metric):
     figure = show.plot_parallel_coordinate(study, target_name=metric)
     figure.update_traces(marker_showscale=False)  # the first axis has it
     plots["Parallel coordinates"] = figure
-    for fact, name, unit in (("seconds", "seconds of training", 1), ("peak_bytes", "peak MiB", 2**20)):
+    for fact, name, unit in COSTS:
         # Optuna prunes studies of one aim only; this one, in memory, has two.
         front = optuna.create_study(directions=[study.direction, "minimize"])
         known = [trial for trial in complete if trial.user_attrs.get(fact)]
