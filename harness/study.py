@@ -48,20 +48,23 @@ def read_sweep(path, fixed, leave_out):
         sweep = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"--config: expected a sweep file in JSON, got {path}: {error}") from error
-    checks = {  # field: (the type or the values of which it must be, what is expected)
-        "program": (str, "a script such as vit.py"),
-        "method": (("random", "grid", "bayes"), "random, grid or bayes"),
-        "metric.name": (str, "a metric such as val_top-5-accuracy"),
-        "metric.goal": (("maximize", "minimize"), "maximize or minimize"),
-        "parameters": (dict, "an object"),
+    checks = {  # field: (whether a value is possible, what is expected)
+        "program": (lambda got: isinstance(got, str), "a script such as vit.py"),
+        "method": (("random", "grid", "bayes").__contains__, "random, grid or bayes"),
+        "metric.name": (lambda got: isinstance(got, str), "a metric such as val_top-5-accuracy"),
+        "metric.goal": (("maximize", "minimize").__contains__, "maximize or minimize"),
+        "parameters": (lambda got: isinstance(got, dict), "an object"),
     }
     if find(sweep, "early_terminate") is not None:
         first = "min_iter" if find(sweep, "early_terminate.max_iter") is None else "max_iter"
-        checks["early_terminate.type"] = (("hyperband",), "hyperband")
-        checks[f"early_terminate.{first}"] = (range(1, 2**31), "a number of epochs")
-    for field, (accepted, expected) in checks.items():
+        checks["early_terminate.type"] = (("hyperband",).__contains__, "hyperband")
+        checks[f"early_terminate.{first}"] = (
+            lambda got: isinstance(got, int) and got > 0,
+            "a number of epochs",
+        )
+    for field, (accepts, expected) in checks.items():
         got = find(sweep, field)
-        if not (isinstance(got, accepted) if isinstance(accepted, type) else got in accepted):
+        if not accepts(got):
             raise BadInput(f"{path}: {field}: expected {expected}, got {json.dumps(got)}")
     space, constants = {}, {}
     for name, spec in (sweep["parameters"] | fixed).items():
