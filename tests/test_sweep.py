@@ -18,7 +18,7 @@ import jsonschema
 import optuna
 import pytest
 import yaml
-from conftest import ROOT, child_environment, read_log, read_wandb
+from conftest import ROOT, child_environment, read_last_record, read_log, read_wandb
 from sqlalchemy.pool import NullPool
 from wandb_server import SWEEP, WandbServer
 
@@ -145,14 +145,14 @@ def test_a_thousand_samples_are_valid_configurations():
 
 
 def test_wandb_sweep_and_agent(tmp_path):
-    """The real tools against a stand-in server; the agent's two runs are logged offline"""
+    """The real tools against a stand-in server; the agent's run is logged offline"""
     (tmp_path / "vit.py").symlink_to(ROOT / "vit.py")
     path = shutil.copy(SWEEP_FILE, tmp_path)
     tiny = {**TINY, "num_epochs": 2, "keras_backend": "jax", "mlp_head_units": [64]}
     tiny["checkpoint_path"] = str(tmp_path / "best.weights.h5")
-    trials = [tiny | {"learning_rate": 1e-05, "weight_decay": decay} for decay in (0.1, 1e-05)]
+    trial = tiny | {"learning_rate": 0.001, "weight_decay": 1e-05}
     tool = str(Path(sys.executable).with_name("wandb"))
-    with WandbServer(trials) as server:
+    with WandbServer([trial]) as server:
         environment = child_environment(
             tmp_path,
             WANDB_BASE_URL=server.url,
@@ -171,17 +171,14 @@ def test_wandb_sweep_and_agent(tmp_path):
         assert done.returncode == 0, done.stderr
     (told,) = server.sweeps
     assert yaml.safe_load(told) == CONFIG
-    logs = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert [log.stem for log in logs] == ["run-run0", "run-run1"], done.stderr[-3000:]
-    for log, trial in zip(logs, trials):
-        (run,) = [item["run"] for item in read_log(log) if item["type"] == "run"]
-        assert run["sweep_id"] == SWEEP and run["run_group"].startswith(f"{SWEEP}-")
-        rows, summary, config = read_wandb(log)
-        assert [row["epoch"] for row in rows if "val_top-5-accuracy" in row] == [0, 1]
-        assert {name: config[name] for name in trial} == trial
-        assert summary["status"] == "ok" and "final_test_accuracy" in summary
-    written, problems = records.read_records(tmp_path / "results.jsonl")
-    assert not problems and [item["status"] for item in written] == ["ok", "ok"]
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-run0.wandb")
+    (run,) = [item["run"] for item in read_log(log) if item["type"] == "run"]
+    assert run["sweep_id"] == SWEEP and run["run_group"].startswith(f"{SWEEP}-")
+    rows, summary, config = read_wandb(log)
+    assert [row["epoch"] for row in rows if "val_top-5-accuracy" in row] == [0, 1]
+    assert {name: config[name] for name in trial} == trial
+    assert summary["status"] == "ok" and "final_test_accuracy" in summary
+    assert read_last_record(tmp_path)["status"] == "ok"
 
 
 # ---- sweep.py: what it reads ---------------------------------------------------------------------
@@ -407,10 +404,9 @@ def test_what_stands_after_dashes_is_not_searched(bench):
     assert output.count("--num-heads") == 1 and "--num-epochs" not in output
 
 
-@pytest.mark.parametrize("method", ["random", "bayes"])
-def test_a_budget(bench, method):
-    """The stand-in needs as many MiB as it has heads: 2 or 4"""
-    write_sweep(bench, method=method)
+def test_a_budget(bench):
+    """The stand-in needs as many MiB as it has heads: 2 or 4. TPE begins after ten trials"""
+    write_sweep(bench, method="bayes")
     output = run_sweep(bench, "--count=14", "--budget", f"memory.host_peak_bytes={3 * 2**20}")
     states = read_states(bench)
     heads = [flags["num-heads"] for _, _, flags in read_ran(bench)]
