@@ -7,13 +7,14 @@ traced once to ATen operations and compiled by inductor, and the Keras optimiser
 are updated in place.
 """
 
+import ctypes
+import gc
 import math
+import platform
 from functools import partial
 
 import keras
 import numpy as np
-
-from harness import environment
 
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":
@@ -277,7 +278,7 @@ class _JaxTraining:
         arguments = (self.state, self.images, self.labels, order, draws)
         if self.compiled is None:
             self.compiled = self.train_steps.lower(*arguments).compile()
-            environment.return_memory()
+            _return_memory()
         self.state, losses = self.compiled(*arguments)
         return losses
 
@@ -401,8 +402,16 @@ def _compile_torch(function, *arguments):
         )
     else:  # before 2.8, such as a Jetson's
         compiled = torch._inductor.compile(graph, leaves)
-    environment.return_memory()
+    _return_memory()
     return lambda *arguments: compiled(*tree_leaves(arguments))
+
+
+def _return_memory():
+    """Give back what a compiler has left, hundreds of megabytes, which environment.TUNABLES would
+    have kept."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fuse_adam(optimizer, variables):

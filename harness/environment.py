@@ -4,7 +4,6 @@ All of it must be set before the framework is imported.
 """
 
 import ctypes
-import gc
 import os
 import platform
 import sys
@@ -29,13 +28,6 @@ def keep_memory():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def return_memory():
-    """Give back what a compiler has left, hundreds of megabytes, which TUNABLES would keep."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_variables():
