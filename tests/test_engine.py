@@ -99,9 +99,16 @@ def test_another_optimiser_and_a_schedule(tmp_path, backend):
 AGAIN = (
     TRAIN
     + """
+compiled = []
+if backend == "jax":
+    import jax
+    def hear(event, seconds, **about):
+        if "backend_compile" in event:
+            compiled.append(event)
+    jax.monitoring.register_event_duration_secs_listener(hear)
 def count():
     if backend == "jax":
-        return training.train_steps._cache_size()
+        return len(compiled)
     import torch
     return torch._dynamo.utils.counters["aot_autograd"]["total"]
 
@@ -122,7 +129,7 @@ print(json.dumps([first, count(), max(sizes[-10:]) - max(sizes[5:15])]))
 
 def test_nothing_compiles_or_grows_after_the_first_epoch(tmp_path, backend):
     first, last, growth = run_code(tmp_path, backend, AGAIN)
-    assert first == last == 1
+    assert first == last > 0
     assert growth < 30e6  # bytes, over 35 epochs; the model and its optimiser hold 0.3 MB
 
 
