@@ -161,7 +161,8 @@ else:  # imported, by another command with its own flags or by a test
     _set_backend_from_env_or_cli(sys.argv[1:])
 
 _import_started = time.perf_counter()
-import keras  # noqa: E402
+with environment.hide("matplotlib"):  # for Keras' own plots: half a second of each start
+    import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
 

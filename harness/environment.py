@@ -3,6 +3,7 @@
 All of it must be set before the framework is imported.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -43,6 +44,19 @@ def set_variables():
     # JAX would take 75 % of the GPU at once, which hides what a run needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@contextlib.contextmanager
+def hide(module):
+    """Let nobody find a module that they would use if it were installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def has_cuda():
