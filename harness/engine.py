@@ -295,8 +295,9 @@ class _TorchTraining:
 
     def __init__(self, model, images, labels, augment):
         self.model, self.augment, self.compiled = model, augment, None
-        self.images = keras.ops.convert_to_tensor(images)
         self.labels = keras.ops.convert_to_tensor(labels)
+        # Keras would copy the pictures even where the device is the CPU.
+        self.images = torch.as_tensor(images, device=self.labels.device)
         self.trained = [v.value for v in model.trainable_variables]
         self.update = _fuse_adam(model.optimizer, model.trainable_variables)
 
