@@ -157,6 +157,8 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
     if not environment.has_cuda():
         _accept_cpu(CONFIG)
     environment.keep_memory()
+    if CONFIG.keras_backend == "torch" and not environment.has_cuda():
+        environment.precompile_header()
 else:  # imported, by another command with its own flags or by a test
     _set_backend_from_env_or_cli(sys.argv[1:])
 

@@ -67,6 +67,17 @@ def has_cuda():
         return False
 
 
+def precompile_header():
+    """Before PyTorch's first compilation for a CPU, let another process do what that begins with:
+    compiling a header, for seconds, which it does only once a step is traced and scheduled.
+    """
+    if count_compiled("torch", is_compiled=True) == 0:
+        quietly = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+        code = "import torch; torch.compile(torch.exp)(torch.ones(1024))"
+        command = [sys.executable, "-c", code]
+        os.posix_spawn(sys.executable, command, os.environ, file_actions=quietly)
+
+
 def count_compiled(backend, is_compiled):
     """How many files the persistent compilation cache holds: a cold start adds some.
 
