@@ -9,10 +9,11 @@
     python vit.py --dataset synthetic --no-use-wandb      no download: drawn pictures
     uv run --with jax vit.py --no-use-wandb               from nothing
 
-The model is that of the keras.io example "Image classification with Vision Transformer"
-(https://keras.io/examples/vision/image_classification_with_vision_transformer/). The file reads
-in the order of a run: backend, configuration, model, augmentation, training, Weights & Biases,
-main. Each run appends one record of what it measured to --results-path.
+By default the model is that of the keras.io example "Image classification with Vision Transformer"
+(https://keras.io/examples/vision/image_classification_with_vision_transformer/); --recipe and
+--variant choose others. The file reads in the order of a run: recipes and configuration, backend,
+model, augmentation, training, Weights & Biases, main. Each run appends one record of what it
+measured to --results-path.
 
 Exit codes: 0 done; 1 an unexpected error; 2 a bad configuration or a missing backend;
 3 out of memory; 4 diverged; 5 no data; 6 trained, but something could not be written;
@@ -40,13 +41,90 @@ PROCESS_STARTED = time.perf_counter()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
 
 # ---------------------------------------------------------------------------------------------
+# Architectures and recipes: fields of ViTConfig that a name stands for. Flags win over them
+
+VARIANTS = {  # width, depth, heads, width of the MLP
+    "Ti": (192, 12, 3, 768),  # Touvron et al. 2021, https://arxiv.org/abs/2012.12877, table 1
+    "S": (384, 12, 6, 1536),  # the same
+    "B": (768, 12, 12, 3072),  # Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, table 1
+    "L": (1024, 24, 16, 4096),  # the same
+    "H": (1280, 32, 16, 5120),  # the same
+    "g": (1408, 40, 16, 6144),  # Zhai et al. 2022, https://arxiv.org/abs/2106.04560, table 2
+}
+LINEAR_HEAD = {"mlp_head_units": (), "head_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
+STRONG = {  # what DeiT and MAE have in common, for 32 pixels a side
+    **{"variant": "Ti/4", "image_size": 32, "drop_path": 0.1, "num_epochs": 300},
+    **{"schedule": "cosine", "decay_kernels_only": True, "crop_padding": 4},
+    **{"rotation": 0.0, "zoom": 0.0, "policy": "rand", "erasing": 0.25},
+    **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+}
+SMALL = {  # this project's own: tuned on 5,000 of the training images, see results/README.md
+    **LINEAR_HEAD,
+    **{"image_size": 32, "patch_size": 4, "stem": "conv", "pool": "attention"},
+    **{"schedule": "cosine", "beta_2": 0.99, "weight_decay": 0.06, "decay_kernels_only": True},
+    **{"clip_norm": 1.0, "label_smoothing": 0.1, "rotation": 0.0, "zoom": 0.0, "crop_padding": 4},
+    **{"batch_size": 128, "validation_split": 0.0},
+}
+RECIPES = {
+    # https://keras.io/examples/vision/image_classification_with_vision_transformer/
+    "keras-io": {},
+    "deit": {  # https://arxiv.org/abs/2012.12877, table 9
+        **STRONG,
+        **{"learning_rate": 5e-4, "learning_rate_batch": 512, "batch_size": 1024},
+        **{"weight_decay": 0.05, "warmup_epochs": 5.0},
+    },
+    "mae": {  # ViT from scratch, https://arxiv.org/abs/2111.06377, appendix A.2
+        **STRONG,
+        **{"learning_rate": 1e-4, "learning_rate_batch": 256, "batch_size": 4096},
+        **{"weight_decay": 0.3, "beta_2": 0.95, "warmup_epochs": 20.0, "ema": 0.9999},
+    },
+    "small": {
+        **SMALL,
+        **{"projection_dim": 256, "transformer_layers": 7, "num_heads": 4, "head_dim": 64},
+        **{"mlp_ratio": 2.0, "drop_path": 0.1, "learning_rate": 0.001, "num_epochs": 100},
+        **{"warmup_epochs": 10.0, "policy": "trivial"},
+    },
+    "tiny": {
+        **SMALL,
+        **{"projection_dim": 128, "transformer_layers": 2, "num_heads": 2, "head_dim": 64},
+        **{"mlp_ratio": 1.0, "learning_rate": 0.002, "num_epochs": 22, "warmup_epochs": 2.0},
+    },
+}
+
+
+def expand_variant(name):
+    """The fields of a Vision Transformer such as B/16, size and pixels a side of a patch."""
+    size, slash, patch = name.partition("/")
+    if size not in VARIANTS or not patch.isdecimal() or int(patch) < 1:
+        known = ", ".join(VARIANTS)
+        raise ConfigError(f"--variant: expected SIZE/PATCH such as B/16, with {known}; got {name}")
+    width, depth, heads, hidden = VARIANTS[size]
+    return {
+        **LINEAR_HEAD,
+        **{"projection_dim": width, "transformer_layers": depth, "num_heads": heads},
+        **{"head_dim": width // heads, "mlp_ratio": hidden / width},
+        **{"patch_size": int(patch), "pool": "token"},
+    }
+
+
+def expand_recipe(name):
+    if name not in RECIPES:
+        raise ConfigError(f"--recipe: expected one of {', '.join(RECIPES)}; got {name}")
+    fields = RECIPES[name]
+    return {**(expand_variant(fields["variant"]) if "variant" in fields else {}), **fields}
+
+
+# ---------------------------------------------------------------------------------------------
 # Configuration: one field a line, the trailing comment is its help
 
 
 @dataclass
 class ViTConfig:
-    """Every choice of a run. Impossible values raise ConfigError."""
+    """Every choice of a run, from a command line by `parse_config`: a recipe or a variant given
+    here as a value is a name, no more. Impossible values raise ConfigError."""
 
+    recipe: Literal[tuple(RECIPES)] = "keras-io"  # a table of fields, see vit.py; flags win
+    variant: str | None = None  # SIZE/PATCH of the literature, such as B/16; flags win
     keras_backend: Literal[BACKENDS] | None = None  # default: KERAS_BACKEND, else jax
     # data
     dataset: Literal["cifar100", "synthetic"] = "cifar100"  # synthetic: drawn pictures, no download
@@ -55,24 +133,54 @@ class ViTConfig:
     train_images: int | None = None  # a class-balanced subset, before the validation split
     test_images: int | None = None  # likewise
     validation_split: float = 0.1  # share of the training images, class-balanced; 0 for none
-    augment: bool = True  # flip, rotate by 0.02 turns, zoom by 0.2
+    # augmentation
+    augment: bool = True  # flip, and what follows here; off: only label smoothing
+    rotation: float = 0.02  # largest angle, as a share of a full turn
+    zoom: float = 0.2  # largest change of height and of width
+    crop_padding: int = 0  # shift by up to so many pixels; what is outside gets the mean colour
+    policy: Literal["none", "rand", "trivial"] = "none"  # RandAugment, TrivialAugment
+    rand_magnitude: float = 9.0  # of RandAugment, 0 to 10, stronger upwards
+    rand_std: float = 0.5  # its spread
+    rand_layers: int = 2  # its operations a picture, each done with probability 1/2
+    erasing: float = 0.0  # share of the pictures from which a rectangle is erased
+    mixup: float = 0.0  # beta distribution's parameter; 0 for none
+    cutmix: float = 0.0  # likewise
+    mix_probability: float = 1.0  # that two pictures are mixed at all
+    mix_switch: float = 0.5  # that it is cutmix where both are on
+    label_smoothing: float = 0.0  # this share of a label is spread over all classes
     # model
     image_size: int = 72  # pixels a side after resizing
     patch_size: int = 6  # pixels a side of a patch
+    stem: Literal["patch", "conv"] = "patch"  # conv: 3x3 convolutions, each halves the picture
+    position: Literal["learned", "sincos"] = "learned"  # position embedding
+    pool: Literal["flatten", "mean", "token", "attention"] = "flatten"  # from tokens to one vector
     projection_dim: int = 64  # width
     num_heads: int = 4
     head_dim: int | None = None  # width of one head; default: projection_dim
     transformer_layers: int = 8  # depth
     transformer_units: tuple[int, ...] | None = None  # default: 2 * projection_dim, projection_dim
+    mlp_ratio: float | None = None  # instead: hidden width over width; no activation at the end
     mlp_head_units: tuple[int, ...] = (2048, 1024)
     dropout: float = 0.1  # after the dense layers of a block
     attention_dropout: float = 0.1
     head_dropout: float = 0.5
+    drop_path: float = 0.0  # chance to skip a branch in the last block; less in those before
+    layer_scale: float | None = None  # first value of a weight on each channel of a branch
+    init_weights: Path | None = None  # of the encoder, from pretrain.py
     # training
     learning_rate: float = 0.001
+    learning_rate_batch: int | None = None  # scale learning_rate by batch_size over this
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = 0.0  # the cosine schedule begins with a line from 0 to learning_rate
+    final_learning_rate: float = 0.0  # where it ends
     weight_decay: float = 0.0001
+    decay_kernels_only: bool = False  # not biases, norms, scales, positions, tokens
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    clip_norm: float | None = None  # largest global norm of a step's gradients
+    ema: float | None = None  # momentum of an average of the weights, which is tested and saved
     batch_size: int = 256
-    micro_batch_size: int | None = None  # computed at once; default: the batch, on a CPU up to 32
+    micro_batch_size: int | None = None  # computed at once; default: on a CPU a part of the batch
     num_epochs: int = 10
     seed: int = 0
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
@@ -95,20 +203,60 @@ class ViTConfig:
     def __post_init__(self):
         self.keras_backend = self.keras_backend or os.environ.get("KERAS_BACKEND") or "jax"
         self.head_dim = self.head_dim or self.projection_dim
+        if self.mlp_ratio is not None:
+            if self.transformer_units is not None:
+                raise ConfigError("--mlp-ratio: expected none beside --transformer-units")
+            hidden = max(1, round(self.mlp_ratio * self.projection_dim))
+            self.transformer_units = (hidden, self.projection_dim)
         self.transformer_units = self.transformer_units or (
             2 * self.projection_dim,
             self.projection_dim,
         )
         check_config(self)
-        if not str(self.checkpoint_path).endswith(".weights.h5"):
-            raise ConfigError(
+        clashes = (
+            (
+                self.stem == "conv" and self.patch_size not in (2, 4, 8, 16),
+                f"--stem conv: expected --patch-size 2, 4, 8 or 16, got {self.patch_size}",
+            ),
+            (
+                self.position == "sincos" and self.projection_dim % 4,
+                "--position sincos: expected --projection-dim to be a multiple of 4, "
+                f"got {self.projection_dim}",
+            ),
+            (
+                self.schedule == "constant" and (self.warmup_epochs or self.final_learning_rate),
+                "--warmup-epochs, --final-learning-rate: expected --schedule cosine, got constant",
+            ),
+            (
+                self.warmup_epochs >= self.num_epochs,
+                f"--warmup-epochs: expected less than --num-epochs {self.num_epochs}, "
+                f"got {self.warmup_epochs}",
+            ),
+            (
+                (self.mixup or self.cutmix) and (self.micro_batch_size or self.batch_size) % 2,
+                "--mixup, --cutmix: expected an even --batch-size and --micro-batch-size, "
+                f"since they mix pairs, got {self.batch_size} and {self.micro_batch_size}",
+            ),
+            (
+                not str(self.checkpoint_path).endswith(".weights.h5"),
                 "--checkpoint-path: expected a name ending in .weights.h5, "
-                f"got {self.checkpoint_path}"
-            )
+                f"got {self.checkpoint_path}",
+            ),
+        )
+        for clash, message in clashes:
+            if clash:
+                raise ConfigError(message)
 
     @property
     def num_patches(self):
         return (self.image_size // self.patch_size) ** 2
+
+
+def parse_config(argv):
+    """A ViTConfig from flags: those given win over --variant, that over --recipe, that over the
+    defaults. Ends the process on --help and on errors."""
+    presets = (("recipe", expand_recipe), ("variant", expand_variant))
+    return parse(ViTConfig, argv, __doc__.split("\n\n")[0], presets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,7 +301,7 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
     if os.environ.get("VIT_EPOCHS"):  # a sweep's trial
         ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])
-    CONFIG = parse(ViTConfig, sys.argv[1:], __doc__.split("\n\n")[0])
+    CONFIG = parse_config(sys.argv[1:])
     if not environment.has_cuda():
         _accept_cpu(CONFIG)
     environment.keep_memory()
@@ -169,70 +317,25 @@ import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
 from harness import augment, data, engine, record, telemetry  # noqa: E402
-from harness.dropout import Dropout, MultiHeadAttention  # noqa: E402
+from harness.dropout import Dropout, DropPath, MultiHeadAttention  # noqa: E402
+from harness.layers import (  # noqa: E402
+    AttentionPool,
+    Convolution,
+    GlorotUniform,
+    LayerScale,
+    Prepare,
+    RandomUniform,
+    embed_positions,
+)
+from harness.optimizer import AverageWeights, create_optimizer, crossentropy  # noqa: E402
 from harness.stopwatch import Progress, Stopwatch, measure_matmul  # noqa: E402
+from harness.weights import load_encoder_weights  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _import_started
 IMPORT_BYTES = telemetry.host_rss_bytes()
 
 # ---------------------------------------------------------------------------------------------
 # The model
-
-
-@keras.saving.register_keras_serializable("vit")
-class GlorotUniform(keras.initializers.GlorotUniform):
-    """Keras' default for kernels (Glorot and Bengio 2010), drawn by NumPy's global generator.
-
-    Keras' own draws differ between backends; these depend on the seed alone, and JAX need not
-    compile a generator for each shape. `keras.utils.set_random_seed` seeds NumPy's generator.
-    """
-
-    def __call__(self, shape, dtype=None):
-        if self.input_axes:  # Keras sets both for the kernels of einsums
-            fans = [math.prod(shape[a] for a in x) for x in (self.input_axes, self.output_axes)]
-        else:
-            fans = [math.prod(shape[:-2]) * size for size in shape[-2:]]
-        limit = math.sqrt(6 / sum(fans))
-        return ops.convert_to_tensor(np.random.uniform(-limit, limit, shape), dtype=dtype)
-
-
-@keras.saving.register_keras_serializable("vit")
-class RandomUniform(keras.initializers.Initializer):
-    """Keras' default for embeddings, within 0.05 to either side, drawn like GlorotUniform."""
-
-    def __call__(self, shape, dtype=None):
-        return ops.convert_to_tensor(np.random.uniform(-0.05, 0.05, shape), dtype=dtype)
-
-
-@keras.saving.register_keras_serializable("vit")
-class Prepare(layers.Layer):
-    """Normalise raw pixels (batch, height, width, channels) and resize to squares, bilinearly.
-
-    Not Keras' own layers. Resizing, as all of Keras' preprocessing, calls itself in training mode
-    by default, and layers after it inherit that: `model(pixels)` would drop units. Normalization
-    puts its numbers into the compiled code, which then is another for each choice of images;
-    here they are weights, and a second start finds its code in the cache.
-    """
-
-    def __init__(self, size, mean, variance, **kwargs):
-        super().__init__(**kwargs)
-        self.size, self.statistics = size, {"mean": mean, "variance": variance}
-
-    def build(self, input_shape):
-        for name, values in self.statistics.items():
-            values = np.broadcast_to(values, input_shape[-1:])
-            weight = self.add_weight(shape=values.shape, trainable=False, name=name)
-            weight.assign(values)
-            setattr(self, name, weight)
-
-    def call(self, images):
-        x = (images - ops.cast(self.mean, images.dtype)) / ops.sqrt(
-            ops.cast(self.variance, images.dtype)
-        )
-        return ops.image.resize(x, (self.size, self.size), data_format="channels_last")
-
-    def get_config(self):
-        return {**super().get_config(), "size": self.size, **self.statistics}
 
 
 @keras.saving.register_keras_serializable("vit")
@@ -256,44 +359,99 @@ class Patches(layers.Layer):
 
 @keras.saving.register_keras_serializable("vit")
 class PatchEncoder(layers.Layer):
-    """Project patches to the model's width and add a learned embedding of their position."""
+    """Project patches to the model's width, put a class token before them, add their positions.
 
-    def __init__(self, num_patches, projection_dim, **kwargs):
+    Args:
+        position: "learned", or "sincos", which is fixed.
+        class_token: whether there is one.
+    """
+
+    def __init__(
+        self, num_patches, projection_dim, position="learned", class_token=False, **kwargs
+    ):
         super().__init__(**kwargs)
         self.num_patches, self.projection_dim = num_patches, projection_dim
+        self.position, self.has_class_token = position, class_token
         self.projection = layers.Dense(
             projection_dim, kernel_initializer=GlorotUniform(), dtype=self.dtype_policy
         )
 
     def build(self, input_shape):
         self.projection.build(input_shape)
+        dim, first = self.projection_dim, int(self.has_class_token)
         self.position_embedding = self.add_weight(
-            shape=(self.num_patches, self.projection_dim),
-            initializer=RandomUniform(),
+            shape=(first + self.num_patches, dim),
+            initializer=RandomUniform() if self.position == "learned" else "zeros",
+            trainable=self.position == "learned",
             name="position_embedding",
         )
+        if self.position == "sincos":  # the class token is nowhere
+            grid = embed_positions(math.isqrt(self.num_patches), dim)
+            self.position_embedding.assign(np.pad(grid, ((first, 0), (0, 0))))
+        if self.has_class_token:
+            self.class_token = self.add_weight(
+                shape=(1, dim), initializer=RandomUniform(), name="class_token"
+            )
 
     def call(self, patches):  # (batch, patches, pixels) -> (batch, patches, dim)
-        projected = self.projection(patches)
-        return projected + ops.cast(self.position_embedding, projected.dtype)
+        x = self.projection(patches)
+        if self.has_class_token:
+            token = ops.broadcast_to(
+                ops.cast(self.class_token, x.dtype), (ops.shape(x)[0], 1, self.projection_dim)
+            )
+            x = ops.concatenate([token, x], axis=1)
+        return x + ops.cast(self.position_embedding, x.dtype)
 
     def get_config(self):
         sizes = {"num_patches": self.num_patches, "projection_dim": self.projection_dim}
-        return {**super().get_config(), **sizes}
+        choices = {"position": self.position, "class_token": self.has_class_token}
+        return {**super().get_config(), **sizes, **choices}
 
 
-def mlp(x, units, dropout):
+def mlp(x, units, dropout, last_activation="gelu"):
     """Dense layers with GELU and dropout."""
-    for width in units:
-        x = layers.Dense(width, activation="gelu", kernel_initializer=GlorotUniform())(x)
+    for index, width in enumerate(units):
+        activation = "gelu" if index < len(units) - 1 else last_activation
+        x = layers.Dense(width, activation=activation, kernel_initializer=GlorotUniform())(x)
         x = Dropout(dropout)(x)
     return x
 
 
-def encode(patches, config):
-    """Pre-norm transformer blocks: (batch, patches, pixels) -> (batch, patches, dim)."""
-    x = PatchEncoder(config.num_patches, config.projection_dim)(patches)
-    for _ in range(config.transformer_layers):
+def tokenize(images, config):
+    """Cut images (batch, size, size, channels) into patches (batch, patches, pixels), or make the
+    patches by convolutions that halve the images until a pixel stands for a patch (Xiao et al.
+    2021, https://arxiv.org/abs/2106.14881; with pooling, as in Compact Transformers)."""
+    if config.stem == "patch":
+        return Patches(config.patch_size)(images)
+    x, halvings = images, int(math.log2(config.patch_size))
+    for halving in range(halvings):
+        width = max(config.projection_dim >> 2 * (halvings - 1 - halving), 8)
+        x = Convolution(width)(x)
+    return layers.Reshape((config.num_patches, config.projection_dim))(x)
+
+
+def encode(patches, config, select=lambda tokens: tokens):
+    """From patches (batch, patches, pixels) to what they mean, (batch, tokens, dim).
+
+    select: which of the embedded tokens to go on with, for masked pre-training.
+    """
+    size = (config.num_patches, config.projection_dim)
+    x = PatchEncoder(*size, config.position, config.pool == "token", name="patch_encoder")(patches)
+    return transform(select(x), config, "encoded")
+
+
+def transform(x, config, name):
+    """Pre-norm transformer blocks, (batch, tokens, dim) to the same; the last layer has a name."""
+
+    def add_branch(x, h, block):
+        if config.layer_scale is not None:
+            h = LayerScale(config.layer_scale)(h)
+        if config.drop_path:
+            h = DropPath(config.drop_path * block / max(config.transformer_layers - 1, 1))(h)
+        return layers.Add()([x, h])
+
+    last = "gelu" if config.mlp_ratio is None else None
+    for block in range(config.transformer_layers):
         h = layers.LayerNormalization(epsilon=1e-6)(x)
         h = MultiHeadAttention(
             num_heads=config.num_heads,
@@ -301,11 +459,20 @@ def encode(patches, config):
             dropout=config.attention_dropout,
             kernel_initializer=GlorotUniform(),
         )(h, h)
-        x = layers.Add()([x, h])
+        x = add_branch(x, h, block)
         h = layers.LayerNormalization(epsilon=1e-6)(x)
-        h = mlp(h, config.transformer_units, config.dropout)
-        x = layers.Add()([x, h])
-    return layers.LayerNormalization(epsilon=1e-6)(x)
+        h = mlp(h, config.transformer_units, config.dropout, last)
+        x = add_branch(x, h, block)
+    return layers.LayerNormalization(epsilon=1e-6, name=name)(x)
+
+
+@keras.saving.register_keras_serializable("vit")
+class Classifier(keras.Model):
+    """A model whose metrics see the likeliest class where labels are shares of classes."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        y = ops.argmax(y, axis=-1) if len(y.shape) > 1 else y
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
 
 def create_vit_classifier(config, mean=127.5, variance=127.5**2):
@@ -321,15 +488,22 @@ def create_vit_classifier(config, mean=127.5, variance=127.5**2):
     keras.utils.set_random_seed(config.seed)
     pixels = layers.Input(config.input_shape, name="pixels")
     x = Prepare(config.image_size, mean, variance)(pixels)
-    x = Patches(config.patch_size)(x)
-    x = encode(x, config)  # (batch, patches, dim)
-    x = layers.Flatten()(x)
+    x = encode(tokenize(x, config), config)  # (batch, tokens, dim)
+    if config.pool == "token":
+        x = x[:, 0]
+    else:
+        pools = {
+            "flatten": layers.Flatten,
+            "mean": layers.GlobalAveragePooling1D,
+            "attention": AttentionPool,
+        }
+        x = pools[config.pool]()(x)
     x = Dropout(config.head_dropout)(x)
     x = mlp(x, config.mlp_head_units, config.head_dropout)
     logits = layers.Dense(
         config.num_classes, kernel_initializer=GlorotUniform(), dtype="float32", name="logits"
     )(x)
-    return keras.Model(pixels, logits, name="vit")
+    return Classifier(pixels, logits, name="vit")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,20 +515,13 @@ def create_data_augmentation(config, x_train):
 
     Returns:
         (statistics, draw, apply). statistics: mean and variance per channel of x_train, for the
-        model, which normalises and resizes so that it can't be fed wrongly. draw(epoch): the
-        random draws of an epoch, one row per picture, NumPy; apply(images, draws): the same
-        pictures flipped, rotated by up to 0.02 turns and zoomed by up to 0.2, on the device and
-        outside the differentiated model. draw and apply are None with --no-augment.
+        model, which normalises and resizes so that it can't be fed wrongly. draw and apply are
+        those of augment.create_augmentation: random draws on the host, an epoch at once, and what
+        they do on the device, outside the differentiated model.
     """
     mean, variance = data.measure_pixels(x_train)
-    statistics = {"mean": mean.tolist(), "variance": variance.tolist()}
-    if not config.augment:
-        return statistics, None, None
-
-    def draw(epoch):
-        return augment.draw_affine(len(x_train), config.seed, epoch)
-
-    return statistics, draw, augment.apply_affine
+    draw, apply = augment.create_augmentation(config, *x_train.shape[:2], mean)
+    return {"mean": mean.tolist(), "variance": variance.tolist()}, draw, apply
 
 
 # ---------------------------------------------------------------------------------------------
@@ -373,7 +540,7 @@ class Batches(keras.utils.PyDataset):
     def start(self, epoch):
         """Draw this epoch. (Keras calls on_epoch_end before the first epoch, too: of no use.)"""
         self.order = data.epoch_order(len(self.dataset.x_train), self.config.seed, epoch)
-        self.draws = self.draw(epoch) if self.draw else None
+        self.draws = self.draw(epoch) if self.draw else {}
 
     def __len__(self):
         return len(self.dataset.x_train) // self.config.batch_size
@@ -382,7 +549,9 @@ class Batches(keras.utils.PyDataset):
         rows = slice(step * self.config.batch_size, (step + 1) * self.config.batch_size)
         index = self.order[rows]
         images, labels = self.dataset.x_train[index], self.dataset.y_train[index]
-        return (self.apply(images, self.draws[rows]) if self.apply else images), labels
+        if self.apply is None:
+            return images, labels
+        return self.apply(images, labels, {name: drawn[rows] for name, drawn in self.draws.items()})
 
 
 def is_compiled(config):
@@ -429,13 +598,16 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
         model.reset_metrics()
         order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
         order = order[: steps * config.batch_size].reshape(steps, -1, config.micro_batch_size)
-        draws = draw(epoch)[: order.size].reshape(*order.shape, 2, 2) if draw else None
+        draws = {
+            name: drawn[: order.size].reshape(*order.shape, *drawn.shape[1:])
+            for name, drawn in (draw(epoch) if draw else {}).items()
+        }
         callbacks.on_epoch_begin(epoch)
         running = None
         progress.show(epoch, 0, running)
         for first in range(0, steps, per_call):
             rows = slice(first, first + per_call)
-            losses = training.run(order[rows], None if draws is None else draws[rows])
+            losses = training.run(order[rows], {name: drawn[rows] for name, drawn in draws.items()})
             if epoch == first == 0:
                 stopwatch.end_first_call(order[rows].size)
             # The previous call's losses: reading this call's would leave the device idle.
@@ -457,36 +629,22 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
     return lambda images, labels: engine.evaluate(model, forward, images, labels, config.batch_size)
 
 
-def run_experiment(config, dataset, report, run=None):
-    """Build, train and test; `report`, a record, is filled in on the way, so that a run that
-    fails leaves what it had.
+def train(model, dataset, config, draw, apply, report, callbacks):
+    """Train a compiled Keras model, and measure that: the record `report` is filled in on the way,
+    so that a run that fails leaves what it had.
 
     Args:
-        run: an open W&B run, or None.
+        draw, apply: of `create_data_augmentation`.
+        callbacks: Keras' own, for each epoch.
 
     Returns:
-        the trained model, with the weights that were tested.
+        a function of (images, labels) that evaluates: a dictionary of loss and metrics.
 
     Raises:
         stopwatch.Diverged; whatever the backend raises, its out-of-memory errors included.
     """
-    timing, quality, notes = report["timing"], report["quality"], report["notes"]
-    started = time.perf_counter()
-    statistics, draw, apply = create_data_augmentation(config, dataset.x_train)
-    model = create_vit_classifier(config, **statistics)
-    model.compile(
-        optimizer=keras.optimizers.AdamW(config.learning_rate, weight_decay=config.weight_decay),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[
-            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-            keras.metrics.SparseTopKCategoricalAccuracy(5, name="top-5-accuracy"),
-        ],
-        jit_compile="auto" if config.jit_compile else False,
-    )
-    timing["build_seconds"] = time.perf_counter() - started
     report["model"]["parameters"] = sum(math.prod(v.shape) for v in model.trainable_variables)
     report["model"]["flops_per_image"] = engine.count_flops(model)
-
     stopwatch = Stopwatch(
         epochs=config.num_epochs,
         images_per_epoch=len(dataset.x_train) // config.batch_size * config.batch_size,
@@ -501,8 +659,56 @@ def run_experiment(config, dataset, report, run=None):
         on_test_begin=lambda logs: stopwatch.end_training(),
         on_epoch_end=stopwatch.end_epoch,
     )
-    callbacks = [history, clock]  # in this order: an epoch that was shown is in the record
-    has_validation = len(dataset.x_validation) > 0
+    # In this order: an epoch that was shown is in the record.
+    callbacks = [
+        history,
+        clock,
+        *([AverageWeights()] if config.ema is not None else []),
+        *callbacks,
+    ]
+    try:
+        if is_compiled(config):
+            return train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch)
+        return train_plain(model, dataset, config, draw, apply, callbacks)
+    finally:
+        figures, energy, reasons = stopwatch.measure(PROCESS_STARTED)
+        report["timing"] |= figures
+        report["energy"] |= energy
+        report["notes"] += reasons
+        for name, values in history.history.items():
+            report["quality"][record_name(name)] = values
+
+
+def run_experiment(config, dataset, report, run=None):
+    """Build, train and test a classifier; `report`, a record, is filled in on the way.
+
+    Args:
+        run: an open W&B run, or None.
+
+    Returns:
+        the trained model, with the weights that were tested.
+
+    Raises:
+        as `train`; WeightsError.
+    """
+    timing, quality, notes = report["timing"], report["quality"], report["notes"]
+    started = time.perf_counter()
+    statistics, draw, apply = create_data_augmentation(config, dataset.x_train)
+    model = create_vit_classifier(config, **statistics)
+    if config.init_weights:
+        load_encoder_weights(model, config.init_weights)
+    model.compile(
+        optimizer=create_optimizer(config, model, len(dataset.x_train) // config.batch_size),
+        loss=crossentropy,
+        metrics=[
+            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+            keras.metrics.SparseTopKCategoricalAccuracy(5, name="top-5-accuracy"),
+        ],
+        jit_compile="auto" if config.jit_compile else False,
+    )
+    timing["build_seconds"] = time.perf_counter() - started
+
+    callbacks, has_validation = [], len(dataset.x_validation) > 0
     if has_validation:
         config.checkpoint_path.unlink(missing_ok=True)  # another run's best is not this one's
         callbacks.append(
@@ -514,24 +720,8 @@ def run_experiment(config, dataset, report, run=None):
                 save_weights_only=True,
             )
         )
-    if run is not None:
-        callbacks.append(CustomWandbCallback(run))
-    if os.environ.get("VIT_EPOCHS"):
-        tell = partial(tell_epoch, config.num_epochs)
-        callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=tell))
-    try:
-        if is_compiled(config):
-            evaluate = train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch)
-        else:
-            evaluate = train_plain(model, dataset, config, draw, apply, callbacks)
-    finally:
-        figures, energy, reasons = stopwatch.measure(PROCESS_STARTED)
-        timing |= figures
-        report["energy"] |= energy
-        notes += reasons
-        for name, values in history.history.items():
-            quality[record_name(name)] = values
-
+    callbacks += list_callbacks(config, run)
+    evaluate = train(model, dataset, config, draw, apply, report, callbacks)
     if has_validation:
         quality["best_epoch"] = 1 + int(np.argmax(quality["val_accuracy"]))
         model.load_weights(config.checkpoint_path)
@@ -545,6 +735,15 @@ def run_experiment(config, dataset, report, run=None):
     timing["evaluation_seconds"] = time.perf_counter() - started
     quality |= {f"test_{record_name(name)}": value for name, value in results.items()}
     return model
+
+
+def list_callbacks(config, run):
+    """Who wants to hear of each epoch: an open W&B run, if any, and a sweep."""
+    callbacks = [] if run is None else [CustomWandbCallback(run)]
+    if os.environ.get("VIT_EPOCHS"):
+        tell = partial(tell_epoch, config.num_epochs)
+        callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=tell))
+    return callbacks
 
 
 def tell_epoch(epochs, epoch, logs):
@@ -574,16 +773,7 @@ class CustomWandbCallback(keras.callbacks.Callback):
         self.run = run
 
     def on_epoch_end(self, epoch, logs=None):
-        log_wandb(self.run, {**logs, "epoch": epoch})
-
-
-def log_wandb(run, values, summary=None):
-    """Log to W&B, which may fail in ways of its own: the run and its record must not."""
-    try:
-        run.log(values)
-        run.summary.update(summary or {})
-    except Exception as error:
-        print(f"warning: W&B did not take a log: {error}: training goes on", file=sys.stderr)
+        tracking.log(self.run, {**logs, "epoch": epoch})
 
 
 def start_wandb(config):
@@ -612,8 +802,8 @@ def finish_wandb(run, report, exit_code):
     timing, memory, quality = report["timing"], report["memory"], report["quality"]
     results = {
         "total_parameters": report["model"]["parameters"],
-        "test_accuracy": quality["test_accuracy"],
-        "test_top5_accuracy": quality["test_top5_accuracy"],
+        "test_accuracy": quality.get("test_accuracy"),
+        "test_top5_accuracy": quality.get("test_top5_accuracy"),
         "train_images_per_second": timing["train_images_per_second"],
         "compile_seconds": timing["compile_seconds"],
         "host_peak_bytes": memory["host_peak_bytes"],
@@ -622,7 +812,7 @@ def finish_wandb(run, report, exit_code):
     }
     results = {name: value for name, value in results.items() if value is not None}
     final = {f"final_{n}": results[n] for n in results if n.startswith("test_")}
-    log_wandb(run, results, {**final, "status": report["status"]})
+    tracking.log(run, results, {**final, "status": report["status"]})
     with tracking.forgiving("the record was not added"):
         tracking.log_files(run, "record", {"record.json": record.dump_record(report)})
     with tracking.forgiving("it did not close"):
@@ -633,10 +823,12 @@ def finish_wandb(run, report, exit_code):
 # Main
 
 
-def main(config, subject=None):
+def main(config, subject=None, kind="train", experiment=run_experiment):
     """One run from configuration to record. Returns the exit code.
 
-    subject: what the record shall call its backend, where another command runs another model.
+    Args:
+        subject: what the record shall call its backend, where another command runs another model.
+        kind, experiment: of the record, and what is done, where that is not `run_experiment`.
     """
     check_writable(results_path=config.results_path, checkpoint_path=config.checkpoint_path)
     if engine.BACKEND == "torch" and is_compiled(config):
@@ -648,6 +840,7 @@ def main(config, subject=None):
     machine = telemetry.describe_machine()  # before the backend touches the GPU
     if not engine.on_gpu():
         _accept_cpu(config)
+    MultiHeadAttention.trains_fused = engine.on_gpu()
     try:
         precision = engine.set_precision(config.precision)
     except ValueError as error:
@@ -658,7 +851,7 @@ def main(config, subject=None):
         fail("--micro-batch-size: expected none, since Keras' fit trains on whole batches")
     run = start_wandb(config) if config.use_wandb else None
     report = record.begin_record(
-        "train",
+        kind,
         config=dataclasses.asdict(config),
         backend=subject or keras.backend.backend(),
         precision=precision,
@@ -672,7 +865,7 @@ def main(config, subject=None):
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
     cached = environment.count_compiled(engine.BACKEND, is_compiled(config))
     status, error, exit_code = ending.run_to_end(
-        lambda: run_experiment(config, data.load_for_run(config, report, runner), report, run),
+        lambda: experiment(config, data.load_for_run(config, report, runner), report, run),
         f"lower --micro-batch-size {config.micro_batch_size}"
         if is_compiled(config)
         else f"lower --batch-size {config.batch_size}",

@@ -13,20 +13,32 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
         (
             *("train_images", "test_images", "image_size", "patch_size", "projection_dim"),
             *("num_heads", "head_dim", "transformer_layers", "batch_size", "micro_batch_size"),
-            "num_epochs",
+            *("num_epochs", "mlp_ratio", "learning_rate_batch", "clip_norm", "rand_layers"),
         ),
         (lambda value: value > 0, "above 0"),
     ),
     **dict.fromkeys(
-        ("validation_split", "dropout", "attention_dropout", "head_dropout"),
+        (
+            *("validation_split", "dropout", "attention_dropout", "head_dropout", "drop_path"),
+            *("zoom", "label_smoothing", "beta_1", "beta_2", "ema"),
+        ),
         (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ),
+    **dict.fromkeys(
+        ("erasing", "mix_probability", "mix_switch", "rotation"),
+        (lambda value: 0 <= value <= 1, "0 to 1"),
+    ),
+    **dict.fromkeys(
+        ("mixup", "cutmix", "warmup_epochs", "final_learning_rate", "rand_std", "weight_decay"),
+        (lambda value: 0 <= value < math.inf, "at least 0"),
     ),
     **dict.fromkeys(
         ("mlp_head_units", "transformer_units"),
         (lambda value: all(width > 0 for width in value), "widths above 0"),
     ),
     "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
-    "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
+    "rand_magnitude": (lambda value: 0 <= value <= 10, "0 to 10"),
+    "crop_padding": (lambda value: 0 <= value < 32, "0 to 31"),
     "seed": (lambda value: 0 <= value < 2**31, "0 to 2147483647"),
     "num_classes": (lambda value: 2 <= value <= 100, "2 to 100"),
     "input_shape": (lambda value: tuple(value) == (32, 32, 3), "32 32 3, as the data sets have it"),
@@ -54,12 +66,17 @@ def list_flags(words):
     return {name.removeprefix("no-") for name in names}
 
 
-def parse(kind, argv, description):
+def parse(kind, argv, description, presets=()):
     """An instance of the dataclass `kind` from a command line; ends the process on --help and on
     errors.
 
     Beside tyro's own forms it takes what W&B's sweep agents send: `--use_wandb=True`, and lists
     as `--wandb-tags=["a","b"]`.
+
+    Args:
+        presets: (field, function) pairs, the weaker first. Where the field is given, the function
+            of its value tells other fields' values, a dict, which explicit flags win over; it may
+            raise ConfigError.
     """
     import tyro
 
@@ -86,6 +103,7 @@ def parse(kind, argv, description):
         arguments.append(f"{flag}={value}" if equals else flag)
     told = io.StringIO()
     try:
+        arguments = [*list_preset_flags(arguments, presets), *arguments]  # the last of a flag wins
         with contextlib.redirect_stderr(told):
             return tyro.cli(kind, args=arguments, description=description)
     except ConfigError as error:
@@ -94,6 +112,27 @@ def parse(kind, argv, description):
         if not ending.code:  # --help
             raise
         fail(f"{unframe(told.getvalue())} (see --help)")
+
+
+def list_preset_flags(arguments, presets):
+    """Flags for the values that presets ask for, where `arguments` give the presets' own flags."""
+    flags = []
+    for field, expand in presets:
+        given = None
+        for position, word in enumerate(arguments):
+            flag, equals, value = word.partition("=")
+            if flag.replace("_", "-") == name_flag(field):
+                given = value if equals else "".join(arguments[position + 1 : position + 2])
+        if given is None:
+            continue
+        for name, value in expand(given).items():
+            if isinstance(value, bool):
+                flags.append(name_flag(name if value else f"no_{name}"))
+            elif isinstance(value, tuple):
+                flags += [name_flag(name), *map(str, value)]
+            else:
+                flags.append(f"{name_flag(name)}={value}")
+    return flags
 
 
 def unframe(text):
@@ -139,11 +178,16 @@ def check_config(config):
 
 
 def choose_micro_batch(config, is_on_gpu):
-    """Set micro_batch_size where the user did not: to the batch, but on a CPU to the largest
-    divisor of it in 16 to 32, if any. Parts that large keep all cores busy, and memory is for one.
+    """Set micro_batch_size where the user did not: to the batch, but on a CPU to the largest even
+    divisor of it, if any, that is 16 or more and needs about as much memory as 32 pictures do in
+    the default model. Parts that large keep all cores busy, and memory is for one.
     """
-    sizes = [] if is_on_gpu else [n for n in range(16, 33) if config.batch_size % n == 0]
-    config.micro_batch_size = config.micro_batch_size or max(sizes, default=config.batch_size)
+    tokens = config.num_patches
+    numbers = tokens * (config.num_heads * tokens + 16 * config.projection_dim)
+    limit = max(32 * 1_843_200 // (config.transformer_layers * numbers), 16)
+    sizes = [n for n in range(16, limit + 1, 2) if config.batch_size % n == 0]
+    largest = config.batch_size if is_on_gpu else max(sizes, default=config.batch_size)
+    config.micro_batch_size = config.micro_batch_size or largest
 
 
 def check_writable(**paths):

@@ -12,6 +12,7 @@ import gc
 import math
 import platform
 from functools import partial
+from operator import itemgetter
 
 import keras
 import numpy as np
@@ -145,12 +146,13 @@ def compile_train_steps(model, images, labels, augment=None):
     Args:
         model: a compiled Keras model whose state `build_state` has created.
         images: uint8 (n, height, width, channels), NumPy; labels: int32 (n,), NumPy.
-        augment: None, or a function of (a batch's images, its draws) made of keras.ops.
+        augment: None, or a function of (images, labels, draws) of a batch, made of keras.ops, that
+            gives float32 images and what the model's loss takes for labels.
 
     Returns:
         An object with two methods. run(order, draws) trains a step per row and returns the epoch's
         running mean of the loss after each, (steps,), on the device and not waited for; order:
-        int32 (steps, parts, images) indices, draws: float32 (steps, parts, images, ...) or None.
+        int32 (steps, parts, images) indices, draws: arrays (steps, parts, images, ...), a dict.
         A batch is computed part by part; the step is that of the mean of its parts' gradients, so
         that memory for one part is enough. sync() brings the model's variables up to date, for
         whoever reads or writes them between runs.
@@ -165,7 +167,7 @@ def compile_function(function):
         return jax.jit(function)
     if BACKEND == "tensorflow":
         return tf.function(function, jit_compile=True)
-    return lambda *arrays: function(*(keras.ops.convert_to_tensor(array) for array in arrays))
+    return lambda *given: function(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
 
 
 def compile_forward(model):
@@ -217,9 +219,10 @@ def evaluate(model, forward, images, labels, batch_size):
 
 
 def _make_batch(images, labels, index, draws, augment):
-    batch = keras.ops.take(images, index, axis=0)
-    batch = keras.ops.cast(batch, "float32") if augment is None else augment(batch, draws)
-    return batch, keras.ops.take(labels, index, axis=0)
+    images, labels = (keras.ops.take(array, index, axis=0) for array in (images, labels))
+    if augment is None:
+        return keras.ops.cast(images, "float32"), labels
+    return augment(images, labels, draws)
 
 
 class _JaxTraining:
@@ -301,7 +304,7 @@ class _TorchTraining:
         self.trained = [v.value for v in model.trainable_variables]
         self.update = _fuse_adam(model.optimizer, model.trainable_variables)
 
-    def _differentiate(self, parts, trainable, carried, images, labels, index, draws=None):
+    def _differentiate(self, parts, trainable, carried, images, labels, index, draws):
         """Keras' train step up to the gradients, as a function of tensors, for one of `parts`.
 
         `carried` is what else a step changes: non-trainable variables (random seeds), the
@@ -341,15 +344,18 @@ class _TorchTraining:
             return self._run(order, draws)
 
     def _run(self, order, draws):
-        rows = [keras.ops.convert_to_tensor(given) for given in (order, draws) if given is not None]
+        from torch.utils._pytree import tree_map
+
+        given = tree_map(keras.ops.convert_to_tensor, (order, draws))
         carried = [variable.value for variable in self._carried()]
         losses = []
-        for row in zip(*rows):
+        for step, parts in enumerate(order):
             sums = None
-            for part in zip(*row):  # its indices and, if any, its draws
-                arguments = (self.trained, carried, self.images, self.labels, *part)
+            for part in range(len(parts)):
+                rows = tree_map(itemgetter((step, part)), given)
+                arguments = (self.trained, carried, self.images, self.labels, *rows)
                 if self.compiled is None:
-                    differentiate = partial(self._differentiate, len(row[0]))
+                    differentiate = partial(self._differentiate, len(parts))
                     self.compiled = _compile_torch(differentiate, *arguments)
                 loss, *gradients = self.compiled(*arguments)
                 if sums is None:
@@ -367,7 +373,7 @@ class _TorchTraining:
 def _update_metrics(model, x, y, outputs, loss):
     """What Keras' own train steps do once the loss is known; returns the running means."""
     tracker = next(metric for metric in model.metrics if metric.name == "loss")
-    tracker.update_state(loss, sample_weight=x.shape[0])
+    tracker.update_state(loss, sample_weight=y.shape[0])
     return model.compute_metrics(x, y, outputs)
 
 
@@ -418,10 +424,10 @@ def _return_memory():
 def _fuse_adam(optimizer, variables):
     """The update that a Keras optimiser makes, through PyTorch's fused kernel where it can be.
 
-    Adam and AdamW without clipping, averaging or accumulation run fused; anything else runs
-    Keras' own update. The two are the same arithmetic but for where epsilon stands: Keras adds it
-    to sqrt(v) before the bias correction, PyTorch after, so PyTorch gets epsilon divided by
-    sqrt(1 - beta_2 ** t) (Kingma and Ba 2015, end of section 2).
+    Adam and AdamW run fused, with clipping by the global norm and an average of the weights if
+    asked for; anything else runs Keras' own update. The two are the same arithmetic but for where
+    epsilon stands: Keras adds it to sqrt(v) before the bias correction, PyTorch after, so PyTorch
+    gets epsilon divided by sqrt(1 - beta_2 ** t) (Kingma and Ba 2015, end of section 2).
     """
     # On PyTorch Keras makes an optimiser of a backend class with the same name.
     plain = type(optimizer).__name__ in ("Adam", "AdamW") and not any(
@@ -429,8 +435,7 @@ def _fuse_adam(optimizer, variables):
             optimizer.amsgrad,
             optimizer.clipnorm,
             optimizer.clipvalue,
-            optimizer.global_clipnorm,
-            optimizer.use_ema,
+            optimizer.ema_overwrite_frequency,
             optimizer.gradient_accumulation_steps,
             optimizer.loss_scale_factor,
         )
@@ -460,6 +465,10 @@ def _fuse_adam(optimizer, variables):
     def update(gradients):
         nonlocal steps_done
         steps_done += 1
+        if optimizer.global_clipnorm:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            norm = norm.clamp(min=optimizer.global_clipnorm)
+            torch._foreach_mul_(gradients, optimizer.global_clipnorm / norm)
         learning_rate = optimizer.learning_rate
         for group in fused.param_groups:
             group["lr"] = keras.ops.convert_to_tensor(learning_rate)
@@ -467,6 +476,10 @@ def _fuse_adam(optimizer, variables):
         for tensor, gradient in zip(tensors, gradients):
             tensor.grad = gradient
         fused.step()
+        if optimizer.use_ema:  # which starts at the first step's weights
+            averages = [v.value for v in optimizer._model_variables_moving_average]
+            share = 1 - optimizer.ema_momentum if steps_done > 1 else 1.0
+            torch._foreach_lerp_(averages, tensors, share)
         optimizer.iterations.value.add_(1)
 
     return update

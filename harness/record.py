@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SCHEMA = 1  # goes up when the meaning of a key changes
-KINDS = ("train", "latency", "parity")
+KINDS = ("train", "pretrain", "latency", "parity")
 STATUSES = ("ok", "oom", "diverged", "interrupted", "error")
 TYPES = {  # every top-level key, in the order in which it is written, and what it may hold
     "schema": (int,),
@@ -65,6 +65,11 @@ MEASURED = {  # kind of record: its groups, and what a run may find out for each
             *("test_accuracy", "test_top5_accuracy", "best_epoch"),
         ),
     },
+}
+MEASURED["pretrain"] = {  # the same, but that nothing is classified
+    **MEASURED["train"],
+    "timing": tuple(name for name in MEASURED["train"]["timing"] if name != "evaluation_seconds"),
+    "quality": MEASURED["train"]["quality"][:6],  # up to the loss
 }
 
 
@@ -291,7 +296,8 @@ def summarize(record):
     def size(value):
         return f"{value / 1e9:.2f} GB at its peak"
 
-    show("test accuracy", "quality", "test_accuracy", test)
+    if "test_accuracy" in quality:
+        show("test accuracy", "quality", "test_accuracy", test)
     show("training", "timing", "train_images_per_second", speed)
     show("start-up", "timing", "compile_seconds", compilation)
     show("host memory", "memory", "host_peak_bytes", size)

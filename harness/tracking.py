@@ -57,6 +57,15 @@ def forgiving(what):
         print(f"warning: W&B: {what}: {error}", file=sys.stderr)
 
 
+def log(run, values, summary=None):
+    """Log to W&B, which may fail in ways of its own: the run and its record must not."""
+    try:
+        run.log(values)
+        run.summary.update(summary or {})
+    except Exception as error:
+        print(f"warning: W&B did not take a log: {error}: training goes on", file=sys.stderr)
+
+
 def log_files(run, kind, files):
     """Add files, {name: text or bytes}, to a run as one artifact, called after kind and run."""
     import wandb

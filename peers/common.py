@@ -70,7 +70,7 @@ class Config:
     learning_rate: float = 0.001
     weight_decay: float = 0.0001
     batch_size: int = 256
-    micro_batch_size: int | None = None  # computed at once; default: the batch, on a CPU up to 32
+    micro_batch_size: int | None = None  # computed at once; default: on a CPU a part of the batch
     num_epochs: int = 10
     seed: int = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of matrix products

@@ -63,5 +63,5 @@ def drop_augmentation(config, x_train, create=vit.create_data_augmentation):
 
 if __name__ == "__main__":
     vit.create_vit_classifier, vit.create_data_augmentation = create_model, drop_augmentation
-    config = vit.parse(vit.ViTConfig, [*sys.argv[1:], "--trainer=fit"], __doc__.split("\n\n")[0])
+    config = vit.parse_config([*sys.argv[1:], "--trainer=fit"])
     sys.exit(vit.main(config, subject=f"keras-io-{vit.engine.BACKEND}"))

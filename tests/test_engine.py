@@ -1,11 +1,9 @@
-"""The compiled steps against Keras' own `fit`, and the device's pictures against a slow reference.
+"""The compiled steps against Keras' own `fit`.
 
 Each check runs on both backends, in a child process."""
 
-import numpy as np
 import pytest
 from conftest import BACKENDS, run_code
-from scipy.ndimage import map_coordinates
 
 TRAIN = """
 import json, os, numpy as np, keras, vit
@@ -34,7 +32,7 @@ def train(model, order, apply=None, draws=None, parts=2):
     losses = []
     for row in range(len(order)):
         rows = slice(row, row + 1)
-        pictures = None if draws is None else split(draws[rows], parts)
+        pictures = {name: split(drawn[rows], parts) for name, drawn in (draws or {}).items()}
         found = training.run(split(order[rows], parts), pictures)
         losses += [float(value) for value in found]
     training.sync()
@@ -81,19 +79,27 @@ for make in (
     lambda: keras.optimizers.SGD(schedule, momentum=0.9),
     lambda: keras.optimizers.AdamW(schedule, weight_decay=0.1, global_clipnorm=0.1),
     lambda: keras.optimizers.Adam(schedule),
+    lambda: keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=0.1),
+    lambda: keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.5),
 ):
     compiled, plain = create(optimizer=make()), create(optimizer=make())
     losses, _ = train(compiled, order[:4])
     plain_losses, _ = train_on_batches(plain, order[:4])
-    found.append([losses, plain_losses, int(compiled.optimizer.iterations)])
+    averages = []
+    for model in (compiled, plain) if compiled.optimizer.use_ema else ():
+        kept = model.optimizer._model_variables_moving_average
+        averages.append([float(keras.ops.sum(keras.ops.abs(v))) for v in kept])
+    found.append([losses, plain_losses, int(compiled.optimizer.iterations), averages])
 print(json.dumps(found))
 """
 )
 
 
 def test_another_optimiser_and_a_schedule(tmp_path, backend):
-    for losses, plain, iterations in run_code(tmp_path, backend, EXCHANGED):
+    for losses, plain, iterations, averages in run_code(tmp_path, backend, EXCHANGED):
         assert losses == pytest.approx(plain, rel=1e-5) and iterations == 4
+        assert averages == [] or averages[0] == pytest.approx(averages[1], rel=1e-3)
+    assert averages != []  # of the last one
 
 
 AGAIN = (
@@ -113,13 +119,16 @@ def count():
     return torch._dynamo.utils.counters["aot_autograd"]["total"]
 
 model = create(vit.ViTConfig(**flags))
-apply, draws = augment.apply_affine, augment.draw_affine(200, 0, 0).reshape(10, 20, 2, 2)
+draw, apply = augment.create_augmentation(config, 200, 32, [127] * 3)
+draws = {name: drawn.reshape(10, 20, *drawn.shape[1:]) for name, drawn in draw(0).items()}
 _, training = train(model, order, apply, draws)
 first, sizes = count(), []
 for epoch in range(1, 50):
     model.reset_metrics()
     for row in range(0, 10):
-        training.run(split(order[row:row + 1]), split(draws[row:row + 1]))
+        rows = slice(row, row + 1)
+        drawn = {name: split(every[rows]) for name, every in draws.items()}
+        training.run(split(order[rows]), drawn)
     training.sync()
     sizes.append(telemetry.host_rss_bytes())
 print(json.dumps([first, count(), max(sizes[-10:]) - max(sizes[5:15])]))
@@ -173,43 +182,6 @@ def test_dropout_masks(tmp_path):
     assert shares == pytest.approx([0.2] * 3, abs=0.007)
     assert repeats + neighbours == pytest.approx([0.04] * 5, abs=0.0035)
     assert scale == pytest.approx(1.25) and idle == 1.0
-
-
-AUGMENT = """
-import json, numpy as np, keras
-from harness import augment, engine
-images = np.random.default_rng(0).integers(0, 256, (6, 20, 32, 3)).astype("uint8")
-maps = augment.draw_affine(6, 5, 2, rotation=0.1)
-result = engine.compile_function(augment.apply_affine)(images, maps)
-np.save("images.npy", images), np.save("maps.npy", maps)
-np.save("result.npy", keras.ops.convert_to_numpy(result))
-print(json.dumps([str(keras.backend.standardize_dtype(result.dtype))]))
-"""
-
-
-def test_affine_against_scipy(tmp_path, backend):
-    assert run_code(tmp_path, backend, AUGMENT) == ["float32"]
-    images, maps, result = (np.load(tmp_path / f"{n}.npy") for n in ("images", "maps", "result"))
-    y, x = np.mgrid[:20, :32].reshape(2, -1) - np.array([[9.5], [15.5]])
-    for image, (to_x, to_y), got in zip(images.astype("float64"), maps.astype("float64"), result):
-        places = [to_y[0] * x + to_y[1] * y + 9.5, to_x[0] * x + to_x[1] * y + 15.5]
-        for channel in range(3):
-            expected = map_coordinates(image[..., channel], places, order=1, mode="reflect")
-            assert np.abs(got[..., channel].ravel() - expected).max() < 0.05  # of 255
-
-
-def test_draws():
-    from harness.augment import draw_affine
-
-    maps = draw_affine(2000, seed=1, epoch=0)
-    assert maps.shape == (2000, 2, 2) and maps.dtype == np.float32
-    assert (maps == draw_affine(2000, 1, 0)).all() and (maps != draw_affine(2000, 1, 1)).any()
-    mirrored = np.linalg.det(maps) < 0
-    assert 900 < mirrored.sum() < 1100
-    zoom_x = np.hypot(maps[:, 0, 0], maps[:, 1, 0])
-    angle = np.arctan2(maps[:, 1, 0], np.abs(maps[:, 0, 0])) / (2 * np.pi)
-    assert 0.8 <= zoom_x.min() < 0.81 and 1.19 < zoom_x.max() <= 1.2 + 1e-6
-    assert np.abs(angle).max() <= 0.02 + 1e-6 and np.abs(angle).max() > 0.019
 
 
 def test_a_torch_older_than_standalone_compile(tmp_path):

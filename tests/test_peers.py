@@ -33,7 +33,7 @@ images = rng.integers(0, 256, (5, 32, 32, 3)).astype("uint8")
 
 
 def compare(flags):
-    config = vit.parse(vit.ViTConfig, [*flags, "--no-use-wandb"], "")
+    config = vit.parse_config([*flags, "--no-use-wandb"])
     statistics, draw, apply = vit.create_data_augmentation(config, images)
     model = vit.create_vit_classifier(config, **statistics)
     peer = native.Peer(common.parse(common.Config, flags, ""))

@@ -31,8 +31,14 @@ def test_python_commands(command, tmp_path):
         environment[name] = value
     script = words[1]
     words = [sys.executable, str(ROOT / script), *words[2:]]
-    if script == "vit.py":
-        words += [*SMALL, "--trainer=fit", f"--checkpoint-path={tmp_path / 'b.weights.h5'}"]
+    small = [*SMALL, f"--checkpoint-path={tmp_path / 'b.weights.h5'}"]
+    if "pretrained.npz" in words:
+        before = [sys.executable, str(ROOT / "pretrain.py"), "--no-use-wandb", *small]
+        subprocess.run([*before, "--warmup-epochs=0"], cwd=tmp_path, env=environment, check=True)
+    if script == "pretrain.py":
+        words += [*small, "--warmup-epochs=0"]
+    elif script == "vit.py":
+        words += [*small, "--warmup-epochs=0", "--drop-path=0", "--trainer=fit"]
     elif any(word.endswith(".jsonl") for word in words):  # a report on records that are here
         words = [str(ROOT / word) if word.startswith("results/") else word for word in words]
     elif script == "sweep.py":  # the study is opened, and no trial begun

@@ -124,7 +124,7 @@ def test_spellings_of_flags():
     words = "--num_epochs 3 --batch-size=8 --use_wandb=False --augment True --mlp-head-units=[8,4]"
 
     def parse(*words):
-        return vit.parse(vit.ViTConfig, words, "")
+        return vit.parse_config(words)
 
     config = parse(*words.split(), "--wandb-tags", '["a", "b"]', "--jit_compile=true")
     assert (config.num_epochs, config.batch_size, config.mlp_head_units) == (3, 8, (8, 4))
@@ -366,13 +366,13 @@ def test_a_full_disk_at_the_end_is_told(tmp_path):
 
 
 def test_wandb_failing_in_mid_run_is_a_warning(capsys):
-    import vit
+    from harness import tracking
 
     class Broken:
         def log(self, values):
             raise OSError("no space left")
 
-    vit.log_wandb(Broken(), {"loss": 1.0})
+    tracking.log(Broken(), {"loss": 1.0})
     assert "training goes on" in capsys.readouterr().err
 
 

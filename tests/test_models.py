@@ -1,0 +1,216 @@
+"""Architectures and recipes: what a name stands for, what they cost, and that they train."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import SMALL, read_last_record, run_code, run_vit
+from test_vit import only_line
+
+# ---- names -------------------------------------------------------------------------------------
+
+
+def parse(*words):
+    import vit
+
+    return vit.parse_config(words)
+
+
+def test_flags_win_over_a_variant_that_over_a_recipe():
+    config = parse("--recipe", "deit")
+    assert (config.variant, config.projection_dim, config.patch_size) == ("Ti/4", 192, 4)
+    assert (config.learning_rate, config.batch_size, config.mixup) == (5e-4, 1024, 0.8)
+    assert (config.mlp_head_units, config.head_dim, config.pool) == ((), 64, "token")
+    config = parse("--recipe=deit", "--variant=S/8", "--num_heads", "3", "--mixup=0", "--pool=mean")
+    assert (config.variant, config.projection_dim, config.patch_size) == ("S/8", 384, 8)
+    assert (config.num_heads, config.mixup, config.cutmix, config.pool) == (3, 0, 1.0, "mean")
+
+
+def test_a_flag_that_repeats_a_default_wins_too():
+    config = parse("--recipe=tiny", "--learning-rate=0.001", "--no-decay-kernels-only")
+    assert config.learning_rate == 0.001 and not config.decay_kernels_only
+    config = parse("--mlp-head-units", "8", "4", "--recipe=tiny")
+    assert config.mlp_head_units == (8, 4) and config.pool == "attention"
+
+
+def test_the_default_recipe_changes_nothing():
+    assert parse("--recipe=keras-io") == parse()
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--recipe=fast"], "expected one of keras-io, deit, mae, small, tiny; got fast"),
+        (
+            ["--variant=XL/16"],
+            "expected SIZE/PATCH such as B/16, with Ti, S, B, L, H, g; got XL/16",
+        ),
+        (["--variant", "B"], "expected SIZE/PATCH such as B/16"),
+        (["--variant", "B/16"], "--image-size: expected a multiple of --patch-size 16, got 72"),
+        (["--stem=conv"], "--stem conv: expected --patch-size 2, 4, 8 or 16, got 6"),
+        (
+            ["--position=sincos", "--projection-dim=62"],
+            "expected --projection-dim to be a multiple",
+        ),
+        (["--warmup-epochs=3"], "expected --schedule cosine, got constant"),
+        (["--schedule=cosine", "--warmup-epochs=10"], "expected less than --num-epochs 10"),
+        (["--mixup=0.2", "--batch-size=25"], "expected an even --batch-size"),
+        (["--mlp-ratio=4", "--transformer-units", "8", "64"], "none beside --transformer-units"),
+        (["--rand-magnitude=11"], "--rand-magnitude: expected 0 to 10, got 11"),
+    ],
+)
+def test_clashes_are_one_line(tmp_path, flags, told):
+    done = run_vit(tmp_path, *flags)
+    assert done.returncode == 2 and told in only_line(done)
+
+
+# ---- what the models are -----------------------------------------------------------------------
+
+COUNT = """
+import json, math, keras, vit
+from harness import engine
+vit.GlorotUniform.__call__ = lambda self, shape, dtype=None: keras.ops.zeros(shape, dtype)
+counts = {}
+for name in ("Ti/16", "S/16", "B/16", "L/16"):
+    config = vit.parse_config(["--variant", name, "--image-size", "224"])
+    config.num_classes, config.input_shape = 1000, (224, 224, 3)
+    model = vit.create_vit_classifier(config)
+    counts[name] = [model.count_params() - 6, engine.count_flops(model)]
+    del model
+for name in ("small", "tiny"):
+    model = vit.create_vit_classifier(vit.parse_config(["--recipe", name]))
+    counts[name] = [model.count_params() - 6, engine.count_flops(model)]
+print(json.dumps(counts))
+"""
+
+
+def test_parameters_and_flops_are_the_literatures(tmp_path):
+    """Parameters as DeiT's and ViT's papers and timm's models have them (6 more are the pixels'
+    mean and variance); ViT-B/16 has 17.6 G multiply-accumulates, DeiT-Ti 1.3 and DeiT-S 4.6."""
+    counts = run_code(tmp_path, "jax", COUNT)
+    assert [counts[name][0] for name in ("Ti/16", "S/16", "B/16", "L/16")] == [
+        *(5_717_416, 22_050_664, 86_567_656, 304_326_632)
+    ]
+    giga = [counts[name][1] / 2e9 for name in ("Ti/16", "S/16", "B/16")]
+    assert giga == pytest.approx([1.3, 4.6, 17.6], abs=0.06)
+    assert counts["small"][0] <= 4_000_000 and counts["tiny"][0] <= 350_000
+
+
+def test_sincos_positions():
+    import vit
+
+    grid = vit.embed_positions(4, 8).reshape(4, 4, 8)
+    assert (grid[:, 1, :4] == grid[0, 1, :4]).all() and (grid[1, :, 4:] == grid[1, 0, 4:]).all()
+    assert grid[2, 3] == pytest.approx(
+        [*np.sin([3, 0.03]), *np.cos([3, 0.03]), *np.sin([2, 0.02]), *np.cos([2, 0.02])], abs=1e-6
+    )
+
+
+CHOICES = """
+import json, keras, numpy as np, vit
+pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype("uint8")
+small = ["--image-size=32", "--patch-size=8", "--projection-dim=32", "--num-heads=2",
+         "--transformer-layers=2", "--mlp-head-units=64"]
+told = {{}}
+for flags in {choices!r}:
+    model = vit.create_vit_classifier(vit.parse_config(small + flags))
+    logits = keras.ops.convert_to_numpy(model(pictures))
+    trained = keras.ops.convert_to_numpy(model(pictures, training=True))
+    model.save("model.keras")
+    again = keras.ops.convert_to_numpy(keras.saving.load_model("model.keras")(pictures))
+    told[" ".join(flags)] = [logits.tolist(), trained.shape, float(abs(again - logits).max()),
+                             sorted({{v.name for v in model.trainable_variables}})]
+print(json.dumps(told))
+"""
+FLAGS = [
+    *(["--stem=conv"], ["--pool=mean"], ["--pool=token"], ["--pool=attention"]),
+    *(["--position=sincos"], ["--position=sincos", "--pool=token"], ["--mlp-ratio=3"]),
+    *(["--head-dim=8"], ["--drop-path=0.5"], ["--layer-scale=0.1"]),
+    ["--stem=conv", "--patch-size=2", "--pool=token", "--attention-dropout=0"],
+]
+
+
+def test_every_choice_is_the_same_model_on_every_backend(tmp_path):
+    """Equal logits from equal seeds; a saved model gives the same; training mode runs."""
+    ours, theirs = (
+        run_code(tmp_path, backend, CHOICES.format(choices=FLAGS)) for backend in ("jax", "torch")
+    )
+    different = set()
+    for flags, (logits, shape, saved, names) in ours.items():
+        assert np.array(logits) == pytest.approx(np.array(theirs[flags][0]), abs=2e-5), flags
+        assert shape == [3, 100] and saved < 1e-6 and theirs[flags][2] < 1e-6
+        assert ("position_embedding" in names) == ("sincos" not in flags)
+        assert ("class_token" in names) == ("token" in flags)
+        different.add(json.dumps(np.round(logits, 4).tolist()))
+    assert len(different) == len(FLAGS)
+
+
+# ---- that they train ---------------------------------------------------------------------------
+
+STRONG = (
+    *("--recipe=mae", *SMALL, "--num-epochs=3", "--warmup-epochs=1", "--ema=0.9"),
+    *("--learning-rate=0.001", "--learning-rate-batch=50", "--drop-path=0", "--head-dim=16"),
+    *("--clip-norm=0.5", "--stem=conv", "--pool=attention", "--layer-scale=0.1"),
+)
+
+
+def test_a_strong_recipe_is_the_same_in_parts_and_through_fit(tmp_path, backend):
+    """All of augmentation, soft labels, schedule, clipping, decay mask and average: parts of a
+    batch, on this project's compiled steps, train as whole batches do under Keras' fit."""
+    done = run_vit(tmp_path, *STRONG, "--micro-batch-size=10", backend=backend)
+    assert done.returncode == 0, done.stderr
+    ours = read_last_record(tmp_path)
+    done = run_vit(tmp_path, *STRONG, "--trainer=fit", backend=backend)
+    assert done.returncode == 0, done.stderr
+    theirs = read_last_record(tmp_path)
+    for name in ("loss", "val_loss"):
+        assert ours["quality"][name] == pytest.approx(theirs["quality"][name], rel=2e-3), name
+    for name in ("accuracy", "val_accuracy", "test_top5_accuracy"):
+        assert ours["quality"][name] == pytest.approx(theirs["quality"][name], abs=0.03), name
+    assert ours["config"]["recipe"] == "mae" and ours["config"]["weight_decay"] == 0.3
+
+
+AVERAGE = """
+import json, keras, numpy as np, vit
+config = vit.parse_config(["--ema=0.5", "--image-size=32", "--patch-size=8"])
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
+optimizer = vit.create_optimizer(config, model, 10)
+optimizer.build(model.trainable_variables)
+model.optimizer = optimizer
+weight, average = model.trainable_variables[0], optimizer._model_variables_moving_average[0]
+weight.assign([[1.0], [2.0]]), average.assign([[3.0], [4.0]])
+callback, seen = vit.AverageWeights(), []
+callback.set_model(model)
+for step in ("on_test_begin", "on_epoch_end", "on_epoch_begin", "on_epoch_end"):
+    getattr(callback, step)(*([] if "test" in step else [0]))
+    both = [keras.ops.convert_to_numpy(v).ravel().tolist() for v in (weight, average)]
+    seen.append(both)
+print(json.dumps(seen))
+"""
+
+
+def test_the_average_is_lent_for_validation(tmp_path, backend):
+    plain, averaged = [[1, 2], [3, 4]], [[3, 4], [1, 2]]
+    assert run_code(tmp_path, backend, AVERAGE) == [averaged, averaged, plain, averaged]
+
+
+def test_the_schedule(tmp_path):
+    code = """
+import json, keras, vit
+flags = ["--schedule=cosine", "--num-epochs=10", "--warmup-epochs=2", "--learning-rate=0.004"]
+flags += ["--learning-rate-batch=512", "--batch-size=256", "--final-learning-rate=0.0001"]
+flags += ["--decay-kernels-only", "--weight-decay=0.1", "--pool=token", "--layer-scale=1"]
+config = vit.parse_config(flags)
+model = vit.create_vit_classifier(config)
+optimizer = vit.create_optimizer(config, model, 5)
+optimizer.build(model.trainable_variables)
+rates = [float(optimizer._learning_rate(step)) for step in (0, 5, 10, 30, 50)]
+decayed = {v.name for v in model.trainable_variables if optimizer._use_weight_decay(v)}
+others = {v.name for v in model.trainable_variables if not optimizer._use_weight_decay(v)}
+print(json.dumps([rates, sorted(decayed), sorted(others)]))
+"""
+    rates, decayed, others = run_code(tmp_path, "jax", code)
+    assert rates == pytest.approx([0, 0.001, 0.002, 0.00105, 0.0001])
+    assert decayed == ["kernel"]
+    expected = ["beta", "bias", "class_token", "gamma", "layer_scale", "position_embedding"]
+    assert others == expected

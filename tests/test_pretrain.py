@@ -1,0 +1,128 @@
+"""pretrain.py as a person uses it: pre-training, its picture, and fine-tuning from its weights."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+from PIL import Image
+from test_vit import only_line
+
+MODEL = (*SMALL, "--num-epochs=6", "--warmup-epochs=1", "--learning-rate=0.005")
+
+
+def run_pretrain(folder, *flags, backend="jax"):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pretrain.py"), f"--keras-backend={backend}", *flags]
+        + ["--no-use-wandb", f"--checkpoint-path={folder / 'best.weights.h5'}"],
+        cwd=folder,
+        env=child_environment(folder),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(backend, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    done = run_pretrain(folder, *MODEL, "--pool=token", backend=backend)
+    assert done.returncode == 0, done.stderr
+    assert "pretrained.npz" in done.stdout and "loss" in done.stdout
+    return folder
+
+
+def test_it_learns_and_leaves_a_record(pretrained, backend):
+    record = read_last_record(pretrained)
+    assert (record["kind"], record["status"], record["backend"]) == ("pretrain", "ok", backend)
+    loss = record["quality"]["loss"]
+    assert len(loss) == 6 and loss[-1] < 0.9 * loss[0] < 1.5  # 1 is painting the mean colour
+    assert record["config"]["mask_ratio"] == 0.75 and record["model"]["parameters"] > 10_000
+
+
+def test_the_picture_shows_masked_painted_and_whole(pretrained):
+    grid = np.asarray(Image.open(pretrained / "pretrained.png"), "int32")
+    assert grid.shape == (8 * 96, 3 * 96, 3)  # eight pictures of 32 pixels, three times as large
+    masked, painted, whole = grid[:, :96], grid[:, 96:192], grid[:, 192:]
+    same = (masked == whole).all(axis=2)
+    assert 0.2 < same.mean() < 0.35  # a quarter is seen
+    assert (painted == whole).all(axis=2)[same].all()
+    error = [abs(picture - whole)[~same].mean() for picture in (masked, painted)]
+    assert error[1] < error[0]  # the decoder's guess is nearer than the mean colour
+
+
+def test_fine_tuning_starts_from_the_encoder(pretrained, backend, tmp_path):
+    flags = [*SMALL, "--pool=token", f"--init-weights={pretrained / 'pretrained.npz'}"]
+    done = run_vit(tmp_path, *flags, backend=backend)
+    assert done.returncode == 0, done.stderr
+    code = f"""
+import json, vit
+from harness.weights import list_encoder_weights, load_encoder_weights
+import numpy as np
+config = vit.parse_config({flags!r})
+model = vit.create_vit_classifier(config)
+before = [v.numpy().copy() for _, v in list_encoder_weights(model)]
+load_encoder_weights(model, config.init_weights)
+given = dict(np.load(config.init_weights))
+after = [v.numpy() for _, v in list_encoder_weights(model)]
+print(json.dumps([len(after), sum(bool((a != b).any()) for a, b in zip(after, before)),
+                  all((a == given[name]).all() for a, (name, _) in
+                      zip(after, list_encoder_weights(model)))]))
+"""
+    count, changed, same = run_code(tmp_path, backend, code)
+    assert count == len(np.load(pretrained / "pretrained.npz").files) == changed and same
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--pool=flatten"], "2 of 19 weights differ: 002 position_embedding (16, 32) here"),
+        (["--pool=token", "--projection-dim=16"], "of another architecture"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(pretrained, tmp_path, backend, flags, told):
+    given = f"--init-weights={pretrained / 'pretrained.npz'}"
+    done = run_vit(tmp_path, *SMALL, *flags, given, backend=backend)
+    assert done.returncode == 2 and told in only_line(done)
+    assert read_last_record(tmp_path)["status"] == "error"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights", b"PK\x03\x04torn"])
+def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
+    path = tmp_path / "weights.npz"
+    if content is not None:
+        path.write_bytes(content)
+    done = run_vit(tmp_path, *SMALL, f"--init-weights={path}")
+    assert done.returncode == 2 and "expected a file of pretrain.py, got" in only_line(done)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--stem=conv", "--patch-size=4", "--image-size=32"], "--stem: expected patch"),
+        (["--mask-ratio=1"], "--mask-ratio: expected to hide some of 144 patches"),
+        (["--decoder-dim=30"], "--decoder-dim: expected a multiple of 4"),
+        (["--mixup=0.5"], "there are no labels"),
+        (["--trainer=fit"], "expected compiled training"),
+        (["--recipe=best"], "--recipe: expected one of keras-io"),
+    ],
+)
+def test_clashes_are_one_line(tmp_path, flags, told):
+    done = run_pretrain(tmp_path, *flags)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and told in lines[0], done.stderr
+    assert lines[0].startswith("pretrain.py: error: ")
+
+
+def test_masks_differ_between_pictures_and_epochs(tmp_path):
+    code = """
+import json, pretrain
+config = pretrain.PretrainConfig(image_size=32, patch_size=8)
+masks = [pretrain.draw_masks(config, 50, epoch) for epoch in (0, 0, 1)]
+print(json.dumps([config.num_visible, (masks[0] == masks[1]).all().item(),
+                  (masks[0] == masks[2]).mean().item(), len({tuple(m) for m in masks[0].tolist()}),
+                  sorted(masks[0][0].tolist())]))
+"""
+    visible, repeats, between, different, order = run_code(tmp_path, "jax", code)
+    assert visible == 4 and repeats and between < 0.2 and different == 50
+    assert order == list(range(16))
