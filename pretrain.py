@@ -241,7 +241,6 @@ def save_grid(painter, images, order, config, statistics):
 
 
 if __name__ == "__main__":
-    presets = (("recipe", vit.expand_recipe), ("variant", vit.expand_variant))
-    CONFIG = parse(PretrainConfig, sys.argv[1:], __doc__.split("\n\n")[0], presets)
+    CONFIG = parse(PretrainConfig, sys.argv[1:], __doc__.split("\n\n")[0], vit.PRESETS)
     check_writable(weights_path=CONFIG.weights_path, grid_path=CONFIG.grid_path)
     sys.exit(vit.main(CONFIG, kind="pretrain", experiment=run_pretraining))

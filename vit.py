@@ -41,7 +41,7 @@ PROCESS_STARTED = time.perf_counter()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
 
 # ---------------------------------------------------------------------------------------------
-# Architectures and recipes: fields of ViTConfig that a name stands for. Flags win over them
+# Architectures and recipes: flags that a name stands for. What is typed wins over them
 
 VARIANTS = {  # width, depth, heads, width of the MLP
     "Ti": (192, 12, 3, 768),  # Touvron et al. 2021, https://arxiv.org/abs/2012.12877, table 1
@@ -51,68 +51,57 @@ VARIANTS = {  # width, depth, heads, width of the MLP
     "H": (1280, 32, 16, 5120),  # the same
     "g": (1408, 40, 16, 6144),  # Zhai et al. 2022, https://arxiv.org/abs/2106.04560, table 2
 }
-LINEAR_HEAD = {"mlp_head_units": (), "head_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
-STRONG = {  # what DeiT and MAE have in common, for 32 pixels a side
-    **{"variant": "Ti/4", "image_size": 32, "drop_path": 0.1, "num_epochs": 300},
-    **{"schedule": "cosine", "decay_kernels_only": True, "crop_padding": 4},
-    **{"rotation": 0.0, "zoom": 0.0, "policy": "rand", "erasing": 0.25},
-    **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
-}
-SMALL = {  # this project's own: tuned on 5,000 of the training images, see results/README.md
-    **LINEAR_HEAD,
-    **{"image_size": 32, "patch_size": 4, "stem": "conv", "pool": "attention"},
-    **{"schedule": "cosine", "beta_2": 0.99, "weight_decay": 0.06, "decay_kernels_only": True},
-    **{"clip_norm": 1.0, "label_smoothing": 0.1, "rotation": 0.0, "zoom": 0.0, "crop_padding": 4},
-    **{"batch_size": 128, "validation_split": 0.0},
-}
+# One linear layer after the pooling, and nothing dropped.
+LINEAR_HEAD = "--mlp-head-units --head-dropout 0 --dropout 0 --attention-dropout 0"
+# What DeiT and MAE have in common, for pictures of 32 pixels a side.
+STRONG = """
+    --variant Ti/4 --image-size 32 --drop-path 0.1 --num-epochs 300 --schedule cosine
+    --decay-kernels-only --rotation 0 --zoom 0 --crop-padding 4 --policy rand --erasing 0.25
+    --mixup 0.8 --cutmix 1 --label-smoothing 0.1
+"""
+# This project's own, for CIFAR-100 on small hardware.
+SMALL = f"""
+    {LINEAR_HEAD} --image-size 32 --patch-size 4 --stem conv --pool attention --head-dim 64
+    --schedule cosine --beta-2 0.99 --weight-decay 0.06 --decay-kernels-only --clip-norm 1
+    --label-smoothing 0.1 --rotation 0 --zoom 0 --crop-padding 4
+    --batch-size 128 --validation-split 0
+"""
 RECIPES = {
     # https://keras.io/examples/vision/image_classification_with_vision_transformer/
-    "keras-io": {},
-    "deit": {  # https://arxiv.org/abs/2012.12877, table 9
-        **STRONG,
-        **{"learning_rate": 5e-4, "learning_rate_batch": 512, "batch_size": 1024},
-        **{"weight_decay": 0.05, "warmup_epochs": 5.0},
-    },
-    "mae": {  # ViT from scratch, https://arxiv.org/abs/2111.06377, appendix A.2
-        **STRONG,
-        **{"learning_rate": 1e-4, "learning_rate_batch": 256, "batch_size": 4096},
-        **{"weight_decay": 0.3, "beta_2": 0.95, "warmup_epochs": 20.0, "ema": 0.9999},
-    },
-    "small": {
-        **SMALL,
-        **{"projection_dim": 256, "transformer_layers": 7, "num_heads": 4, "head_dim": 64},
-        **{"mlp_ratio": 2.0, "drop_path": 0.1, "learning_rate": 0.001, "num_epochs": 100},
-        **{"warmup_epochs": 10.0, "policy": "trivial"},
-    },
-    "tiny": {
-        **SMALL,
-        **{"projection_dim": 128, "transformer_layers": 2, "num_heads": 2, "head_dim": 64},
-        **{"mlp_ratio": 1.0, "learning_rate": 0.002, "num_epochs": 22, "warmup_epochs": 2.0},
-    },
+    "keras-io": "",
+    # https://arxiv.org/abs/2012.12877, table 9
+    "deit": f"""{STRONG} --learning-rate 0.0005 --learning-rate-batch 512 --batch-size 1024
+        --weight-decay 0.05 --warmup-epochs 5""",
+    # A ViT from scratch, https://arxiv.org/abs/2111.06377, appendix A.2
+    "mae": f"""{STRONG} --learning-rate 0.0001 --learning-rate-batch 256 --batch-size 4096
+        --weight-decay 0.3 --beta-2 0.95 --warmup-epochs 20 --ema 0.9999""",
+    "small": f"""{SMALL} --projection-dim 256 --transformer-layers 7 --num-heads 4 --mlp-ratio 2
+        --drop-path 0.1 --policy trivial --learning-rate 0.001 --num-epochs 100
+        --warmup-epochs 10""",
+    "tiny": f"""{SMALL} --projection-dim 128 --transformer-layers 2 --num-heads 2 --mlp-ratio 1
+        --learning-rate 0.002 --num-epochs 22 --warmup-epochs 2""",
 }
 
 
 def expand_variant(name):
-    """The fields of a Vision Transformer such as B/16, size and pixels a side of a patch."""
-    size, slash, patch = name.partition("/")
+    """The flags of a Vision Transformer such as B/16, size and pixels a side of a patch."""
+    size, _, patch = name.partition("/")
     if size not in VARIANTS or not patch.isdecimal() or int(patch) < 1:
         known = ", ".join(VARIANTS)
         raise ConfigError(f"--variant: expected SIZE/PATCH such as B/16, with {known}; got {name}")
     width, depth, heads, hidden = VARIANTS[size]
-    return {
-        **LINEAR_HEAD,
-        **{"projection_dim": width, "transformer_layers": depth, "num_heads": heads},
-        **{"head_dim": width // heads, "mlp_ratio": hidden / width},
-        **{"patch_size": int(patch), "pool": "token"},
-    }
+    return f"""{LINEAR_HEAD} --patch-size {patch} --pool token --projection-dim {width}
+        --transformer-layers {depth} --num-heads {heads} --head-dim {width // heads}
+        --mlp-ratio {hidden / width}"""
 
 
 def expand_recipe(name):
     if name not in RECIPES:
         raise ConfigError(f"--recipe: expected one of {', '.join(RECIPES)}; got {name}")
-    fields = RECIPES[name]
-    return {**(expand_variant(fields["variant"]) if "variant" in fields else {}), **fields}
+    return RECIPES[name]
 
+
+PRESETS = {"recipe": expand_recipe, "variant": expand_variant}  # the weaker first
 
 # ---------------------------------------------------------------------------------------------
 # Configuration: one field a line, the trailing comment is its help
@@ -123,8 +112,8 @@ class ViTConfig:
     """Every choice of a run, from a command line by `parse_config`: a recipe or a variant given
     here as a value is a name, no more. Impossible values raise ConfigError."""
 
-    recipe: Literal[tuple(RECIPES)] = "keras-io"  # a table of fields, see vit.py; flags win
-    variant: str | None = None  # SIZE/PATCH of the literature, such as B/16; flags win
+    recipe: Literal[tuple(RECIPES)] = "keras-io"  # stands for flags, see vit.py; what is typed wins
+    variant: str | None = None  # likewise: a ViT of the literature, SIZE/PATCH such as B/16
     keras_backend: Literal[BACKENDS] | None = None  # default: KERAS_BACKEND, else jax
     # data
     dataset: Literal["cifar100", "synthetic"] = "cifar100"  # synthetic: drawn pictures, no download
@@ -255,8 +244,7 @@ class ViTConfig:
 def parse_config(argv):
     """A ViTConfig from flags: those given win over --variant, that over --recipe, that over the
     defaults. Ends the process on --help and on errors."""
-    presets = (("recipe", expand_recipe), ("variant", expand_variant))
-    return parse(ViTConfig, argv, __doc__.split("\n\n")[0], presets)
+    return parse(ViTConfig, argv, __doc__.split("\n\n")[0], PRESETS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -373,7 +361,10 @@ class PatchEncoder(layers.Layer):
         self.num_patches, self.projection_dim = num_patches, projection_dim
         self.position, self.has_class_token = position, class_token
         self.projection = layers.Dense(
-            projection_dim, kernel_initializer=GlorotUniform(), dtype=self.dtype_policy
+            projection_dim,
+            kernel_initializer=GlorotUniform(),
+            dtype=self.dtype_policy,
+            name="projection",
         )
 
     def build(self, input_shape):

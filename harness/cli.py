@@ -66,7 +66,7 @@ def list_flags(words):
     return {name.removeprefix("no-") for name in names}
 
 
-def parse(kind, argv, description, presets=()):
+def parse(kind, argv, description, presets=None):
     """An instance of the dataclass `kind` from a command line; ends the process on --help and on
     errors.
 
@@ -74,9 +74,9 @@ def parse(kind, argv, description, presets=()):
     as `--wandb-tags=["a","b"]`.
 
     Args:
-        presets: (field, function) pairs, the weaker first. Where the field is given, the function
-            of its value tells other fields' values, a dict, which explicit flags win over; it may
-            raise ConfigError.
+        presets: {field: function}, the weaker first. Where the field is given, the function of its
+            value tells what flags it stands for, which those in argv win over; it may raise
+            ConfigError.
     """
     import tyro
 
@@ -103,7 +103,7 @@ def parse(kind, argv, description, presets=()):
         arguments.append(f"{flag}={value}" if equals else flag)
     told = io.StringIO()
     try:
-        arguments = [*list_preset_flags(arguments, presets), *arguments]  # the last of a flag wins
+        arguments = expand_presets(arguments, presets or {})
         with contextlib.redirect_stderr(told):
             return tyro.cli(kind, args=arguments, description=description)
     except ConfigError as error:
@@ -114,25 +114,18 @@ def parse(kind, argv, description, presets=()):
         fail(f"{unframe(told.getvalue())} (see --help)")
 
 
-def list_preset_flags(arguments, presets):
-    """Flags for the values that presets ask for, where `arguments` give the presets' own flags."""
-    flags = []
-    for field, expand in presets:
+def expand_presets(arguments, presets):
+    """`arguments`, before them the words that their presets' flags stand for: the last one wins."""
+    words = []
+    for field, expand in presets.items():
         given = None
         for position, word in enumerate(arguments):
             flag, equals, value = word.partition("=")
             if flag.replace("_", "-") == name_flag(field):
                 given = value if equals else "".join(arguments[position + 1 : position + 2])
-        if given is None:
-            continue
-        for name, value in expand(given).items():
-            if isinstance(value, bool):
-                flags.append(name_flag(name if value else f"no_{name}"))
-            elif isinstance(value, tuple):
-                flags += [name_flag(name), *map(str, value)]
-            else:
-                flags.append(f"{name_flag(name)}={value}")
-    return flags
+        if given is not None:
+            words += expand_presets(expand(given).split(), presets)
+    return [*words, *arguments]
 
 
 def unframe(text):

@@ -501,11 +501,12 @@ def count_flops(model):
     multiply-accumulate; norms, activations and softmax (under 1 % of a ViT) are left out.
 
     Computed from the layers' kernels and shapes, so that every backend counts the same. A kernel
-    is used once per output position; attention multiplies (queries, keys) and (scores, values).
+    is used once per input position; attention multiplies (queries, keys) and (scores, values).
     """
     flops = 0
     for layer in model.layers:
-        positions = math.prod(layer.output.shape[1:-1])  # those of its parts, too
+        inputs = keras.tree.flatten(layer.input)  # none of an input layer
+        positions = math.prod(inputs[0].shape[1:-1]) if inputs else 0  # those of its parts, too
         for part in layer._flatten_layers():
             if hasattr(part, "kernel"):
                 flops += 2 * positions * math.prod(part.kernel.shape)

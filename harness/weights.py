@@ -9,8 +9,12 @@ def list_encoder_weights(model):
     """[(name, variable)] of all that an encoder trains, in order: from the layer that vit.py calls
     patch_encoder to the one that it calls encoded."""
     first, last = (model.layers.index(model.get_layer(n)) for n in ("patch_encoder", "encoded"))
-    variables = (v for layer in model.layers[first : last + 1] for v in layer.trainable_variables)
-    return [(f"{index:03d} {v.name}", v) for index, v in enumerate(variables)]
+    layers = [layer for layer in model.layers[first : last + 1] if layer.trainable_variables]
+    return [  # a path begins with the layer's own name, which depends on what was built before
+        (f"{number:03d} {variable.path.partition('/')[2]}", variable)
+        for number, layer in enumerate(layers)
+        for variable in layer.trainable_variables
+    ]
 
 
 class WeightsError(Exception):
@@ -32,14 +36,14 @@ def load_encoder_weights(model, path):
     wanted = {name: tuple(v.shape) for name, v in ours}
     found = {name: array.shape for name, array in given.items()}
     clashes = [
-        f"{name} {wanted.get(name, 'unknown')} here, {found.get(name, 'missing')} there"
+        f"{name} {wanted.get(name, 'missing')} here, {found.get(name, 'missing')} there"
         for name in sorted(wanted.keys() | found.keys())
         if wanted.get(name) != found.get(name)
     ]
     if clashes:
         raise WeightsError(
-            f"--init-weights {path} is of another architecture: {len(clashes)} of {len(wanted)} "
-            f"weights differ: {'; '.join(clashes[:10])}"
+            f"--init-weights {path} is of another architecture: {len(clashes)} weights differ from "
+            f"the {len(wanted)} here: {'; '.join(clashes[:10])}"
         )
     for name, variable in ours:
         variable.assign(given[name])

@@ -76,7 +76,7 @@ print(json.dumps([len(after), sum(bool((a != b).any()) for a, b in zip(after, be
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--pool=flatten"], "2 of 19 weights differ: 002 position_embedding (16, 32) here"),
+        (["--pool=flatten"], "2 weights differ from the 21 here: 000 class_token missing"),
         (["--pool=token", "--projection-dim=16"], "of another architecture"),
     ],
 )
