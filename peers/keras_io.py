@@ -18,6 +18,13 @@ if __name__ == "__main__":
     environment.keep_memory()
 
 import vit  # noqa: E402
+from harness.cli import fail, name_flag  # noqa: E402
+
+FIXED = (  # choices of vit.py's that the example does not have
+    *("stem", "position", "pool", "mlp_ratio", "drop_path", "layer_scale", "init_weights"),
+    *("rotation", "zoom", "crop_padding", "policy", "erasing", "mixup", "cutmix"),
+    "label_smoothing",
+)
 
 
 def create_model(config, mean, variance):
@@ -63,5 +70,9 @@ def drop_augmentation(config, x_train, create=vit.create_data_augmentation):
 
 if __name__ == "__main__":
     vit.create_vit_classifier, vit.create_data_augmentation = create_model, drop_augmentation
-    config = vit.parse_config([*sys.argv[1:], "--trainer=fit"])
+    config, default = vit.parse_config([*sys.argv[1:], "--trainer=fit"]), vit.ViTConfig()
+    for name in FIXED:
+        if getattr(config, name) != getattr(default, name):
+            got = f"expected {getattr(default, name)}, as the example has it"
+            fail(f"{name_flag(name)}: {got}, got {getattr(config, name)}")
     sys.exit(vit.main(config, subject=f"keras-io-{vit.engine.BACKEND}"))

@@ -191,6 +191,19 @@ def test_the_keras_io_example_is_the_same_model(backend, tmp_path):
     assert read_last_record(tmp_path)["model"] == theirs["model"]
 
 
+def test_the_keras_io_example_refuses_what_it_does_not_have(tmp_path):
+    flags = ("--recipe=tiny", "--no-use-wandb")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "peers/keras_io.py"), *SMALL, *flags],
+        cwd=tmp_path,
+        env=child_environment(tmp_path, KERAS_BACKEND="jax"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not (tmp_path / "results.jsonl").exists()
+    assert done.stderr.startswith("keras_io.py: error: --stem: expected patch, as the example")
+
+
 # ---- the same ways to end ----------------------------------------------------------------------
 
 
