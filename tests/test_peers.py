@@ -192,7 +192,7 @@ def test_the_keras_io_example_is_the_same_model(backend, tmp_path):
 
 
 def test_the_keras_io_example_refuses_what_it_does_not_have(tmp_path):
-    flags = ("--recipe=tiny", "--no-use-wandb")
+    flags = ("--stem=conv", "--no-use-wandb")
     done = subprocess.run(
         [sys.executable, str(ROOT / "peers/keras_io.py"), *SMALL, *flags],
         cwd=tmp_path,
