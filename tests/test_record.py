@@ -51,7 +51,7 @@ def test_create_record_refuses_what_it_does_not_know(arguments):
         ({"schema": 9}, "schema 9 is newer than this program's 1: update the program"),
         ({"schema": 0}, "schema: expected 1, got '0'"),
         ({"schema": True}, "schema: expected int, got bool"),
-        ({"kind": "race"}, "kind: expected train, latency, parity, got 'race'"),
+        ({"kind": "race"}, "kind: expected train, pretrain, latency, parity, got 'race'"),
         ({"status": "fine"}, "status: expected ok, oom"),
         ({"memory": [1]}, "memory: expected dict, got list"),
         ({"notes": [1]}, "notes: expected a list of strings"),
