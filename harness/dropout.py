@@ -64,8 +64,8 @@ class MultiHeadAttention(layers.MultiHeadAttention):
 
     Keras' own takes the fused kernel only at dropout 0, not at inference. In training, heads are
     put before patches once, after one product that projects to queries, keys and values: Keras'
-    einsums transpose in each product. On a CPU that is faster than the fused kernel, too (twice as
-    fast a training step of the recipe `tiny` on JAX); on a GPU, set `trains_fused`.
+    einsums transpose in each product; on a CPU Keras' fused kernel is not used for training either.
+    On a GPU, set `trains_fused`.
     """
 
     trains_fused = False  # where nothing is dropped
