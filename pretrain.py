@@ -22,7 +22,7 @@ if __name__ == "__main__":
     environment.keep_memory()
 
 import vit  # noqa: E402
-from harness.cli import ConfigError, check_writable, parse  # noqa: E402
+from harness.cli import check_writable, parse, refuse  # noqa: E402
 from harness.layers import GlorotUniform, RandomUniform, embed_positions  # noqa: E402
 from harness.weights import save_encoder_weights  # noqa: E402
 from vit import keras, layers, np, ops  # noqa: E402
@@ -58,7 +58,7 @@ class PretrainConfig(vit.ViTConfig):
         super().__post_init__()
         dim, heads = self.decoder_dim, self.decoder_heads
         is_plain = self.trainer == "fit" or not self.jit_compile
-        clashes = (
+        refuse(
             (self.stem != "patch", "--stem: expected patch, whose patches can be hidden, got conv"),
             (
                 not 0 < self.mask_ratio < 1 or self.num_visible in (0, self.num_patches),
@@ -72,9 +72,6 @@ class PretrainConfig(vit.ViTConfig):
             (self.mixup or self.cutmix, "--mixup, --cutmix: expected none, there are no labels"),
             (is_plain, "--trainer, --jit-compile: expected compiled training, got Keras' fit"),
         )
-        for clash, message in clashes:
-            if clash:
-                raise ConfigError(message)
 
     @property
     def num_visible(self):

@@ -35,7 +35,15 @@ from pathlib import Path
 from typing import Literal
 
 from harness import ending, environment, tracking
-from harness.cli import ConfigError, check_config, check_writable, choose_micro_batch, fail, parse
+from harness.cli import (
+    ConfigError,
+    check_config,
+    check_writable,
+    choose_micro_batch,
+    fail,
+    parse,
+    refuse,
+)
 
 PROCESS_STARTED = time.perf_counter()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
@@ -202,7 +210,7 @@ class ViTConfig:
             self.projection_dim,
         )
         check_config(self)
-        clashes = (
+        refuse(
             (
                 self.stem == "conv" and self.patch_size not in (2, 4, 8, 16),
                 f"--stem conv: expected --patch-size 2, 4, 8 or 16, got {self.patch_size}",
@@ -232,9 +240,6 @@ class ViTConfig:
                 f"got {self.checkpoint_path}",
             ),
         )
-        for clash, message in clashes:
-            if clash:
-                raise ConfigError(message)
 
     @property
     def num_patches(self):
@@ -290,11 +295,11 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
         ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse_config(sys.argv[1:])
+    environment.keep_memory()
     if not environment.has_cuda():
         _accept_cpu(CONFIG)
-    environment.keep_memory()
-    if CONFIG.keras_backend == "torch" and not environment.has_cuda():
-        environment.precompile_header()
+        if CONFIG.keras_backend == "torch":
+            environment.precompile_header()
 else:  # imported, by another command with its own flags or by a test
     _set_backend_from_env_or_cli(sys.argv[1:])
 
@@ -416,7 +421,8 @@ def tokenize(images, config):
         return Patches(config.patch_size)(images)
     x, halvings = images, int(math.log2(config.patch_size))
     for halving in range(halvings):
-        width = max(config.projection_dim >> 2 * (halvings - 1 - halving), 8)
+        width = config.projection_dim >> 2 * (halvings - 1 - halving)
+        width = max(width, min(config.projection_dim, 8))
         x = Convolution(width)(x)
     return layers.Reshape((config.num_patches, config.projection_dim))(x)
 

@@ -85,7 +85,8 @@ def draw_policy(count, seed, epoch, policy, size, magnitude=9.0, magnitude_std=0
         RECOLOURS; strengths, float32 (count, layers), what that one needs.
     """
     rng = np.random.default_rng([seed, epoch, 0x9A9D])
-    if policy == "trivial":
+    wide = policy == "trivial"
+    if wide:
         layers, names, is_done = 1, np.array(TRIVIAL), np.ones((count, 1), bool)
         level = rng.integers(0, 31, (count, 1)) / 30
     else:
@@ -93,7 +94,6 @@ def draw_policy(count, seed, epoch, policy, size, magnitude=9.0, magnitude_std=0
         level = np.clip(rng.normal(magnitude, magnitude_std, (count, layers)) / 10, 0, 1)
     name = names[rng.integers(0, len(names), (count, layers))]
     sign = np.where(rng.random((count, layers)) < 0.5, -1.0, 1.0)
-    wide = policy == "trivial"
     enhance = 1 + sign * level * (0.99 if wide else 0.9)
     strongest = {
         "rotate": sign * level * np.radians(135 if wide else 30),
@@ -209,7 +209,8 @@ def create_augmentation(config, count, size, mean):
         float32 (batch, classes).
     """
     fill = np.round(np.asarray(mean, "float32"))
-    is_policy, is_mixed = config.policy != "none", bool(config.mixup or config.cutmix)
+    is_policy = config.policy != "none"
+    is_mixed = config.augment and bool(config.mixup or config.cutmix)
     is_filled = bool(config.crop_padding) or is_policy
     is_whole = is_filled and not (config.rotation or config.zoom or is_policy)
     if not config.augment and not config.label_smoothing:
@@ -245,10 +246,9 @@ def create_augmentation(config, count, size, mean):
             if config.erasing:
                 images = apply_erasing(images, draws["erased"], fill)
         images = ops.cast(images, "float32")
-        is_mixing = config.augment and is_mixed
-        if is_mixing or config.label_smoothing:
+        if is_mixed or config.label_smoothing:
             labels = soften(labels, config.num_classes, config.label_smoothing)
-        if is_mixing:
+        if is_mixed:
             images, labels = apply_mix(images, labels, draws["share"], draws["box"])
         return images, labels
 
@@ -364,6 +364,8 @@ def _recolour(x, chosen, strength):
     value = ops.reshape(ops.arange(256, dtype="int32"), (1, 1, 256))
     real = ops.cast(value, "float32")
     flat = ops.reshape(ops.transpose(x, (0, 3, 1, 2)), (batch, channels, -1))
+    first = ops.reshape(ops.arange(batch * channels, dtype="int32") * 256, (batch, channels, 1))
+    places = flat + first
     grey = _grey(x)  # (batch, height, width)
     strength = ops.reshape(strength, (-1, 1, 1))
     whole = ops.cast(strength, "int32")
@@ -376,7 +378,7 @@ def _recolour(x, chosen, strength):
     mean = ops.floor(ops.reshape(mean, (-1, 1, 1)) + 0.5)
     tables = {  # (batch, channels or 1, 256) each
         "autocontrast": ops.where(high > low, stretched, value),
-        "equalize": _equalize(flat),
+        "equalize": _equalize(flat, places),
         "invert": 255 - value,
         "posterize": value - value % ops.maximum(whole, 1),
         "solarize": ops.where(real < strength, value, 255 - value),
@@ -387,8 +389,7 @@ def _recolour(x, chosen, strength):
     table = ops.broadcast_to(value, (batch, channels, 256))
     for name, candidate in tables.items():
         table = ops.where(ops.reshape(chosen[name], (-1, 1, 1)), candidate, table)
-    place = ops.reshape(ops.arange(batch * channels, dtype="int32") * 256, (batch, channels, 1))
-    flat = ops.take(ops.reshape(table, (-1,)), flat + place, axis=0)
+    flat = ops.take(ops.reshape(table, (-1,)), places, axis=0)
     result = ops.transpose(ops.reshape(flat, (batch, channels, height, width)), (0, 2, 3, 1))
 
     # The two that look at other channels or neighbours leave their tables as they were.
@@ -420,14 +421,15 @@ def _smooth(x):
     return ops.concatenate([x[:, :1], inner, x[:, -1:]], axis=1)
 
 
-def _equalize(flat):
+def _equalize(flat, places):
     """Pillow's ImageOps.equalize as a table: int32 (batch, channels, 256).
 
-    flat: int32 (batch, channels, pixels).
+    Args:
+        flat: the pixels, int32 (batch, channels, pixels).
+        places: where each has its entry, in the tables of all pictures and channels in a row.
     """
     batch, channels, pixels = flat.shape
-    place = ops.reshape(ops.arange(batch * channels, dtype="int32") * 256, (batch, channels, 1))
-    index = ops.reshape(flat + place, (-1, 1))
+    index = ops.reshape(places, (-1, 1))
     counts = ops.zeros((batch * channels * 256,), "int32")
     counts = ops.scatter_update(counts, index, ops.ones_like(index[:, 0]), reduction="add")
     counts = ops.reshape(counts, (batch, channels, 256))

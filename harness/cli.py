@@ -170,6 +170,13 @@ def check_config(config):
         )
 
 
+def refuse(*clashes):
+    """Raise ConfigError with the message of the first of (whether it is so, message), if any."""
+    for is_so, message in clashes:
+        if is_so:
+            raise ConfigError(message)
+
+
 def choose_micro_batch(config, is_on_gpu):
     """Set micro_batch_size where the user did not: to the batch, but on a CPU to the largest even
     divisor of it, if any, that is 16 or more and needs about as much memory as 32 pictures do in

@@ -72,7 +72,7 @@ class Convolution(layers.Layer):
     to (batch, height / 2, width / 2, filters).
 
     One matrix product over each pixel's neighbourhood, and a maximum over an axis: on a CPU XLA's
-    own gradients of convolution and pooling are slower by more than an order of magnitude.
+    own gradients of convolution and pooling are several times slower.
     """
 
     def __init__(self, filters, **kwargs):

@@ -33,9 +33,9 @@ def child_environment(folder, **changes):
     return environment | {"PYTHONPATH": str(ROOT)} | changes
 
 
-def run_vit(folder, *flags, backend="jax", wandb=False, **environment):
-    """Run vit.py in `folder`; returns the finished process, its output as text."""
-    command = [sys.executable, str(ROOT / "vit.py"), f"--keras-backend={backend}", *flags]
+def run_vit(folder, *flags, backend="jax", wandb=False, script="vit.py", **environment):
+    """Run vit.py, or a script with its flags, in `folder`; the finished process, output as text."""
+    command = [sys.executable, str(ROOT / script), f"--keras-backend={backend}", *flags]
     command += [] if wandb else ["--no-use-wandb"]
     if not any(flag.startswith("--checkpoint-path") for flag in flags):
         command.append(f"--checkpoint-path={folder / 'best.weights.h5'}")
@@ -46,6 +46,13 @@ def run_vit(folder, *flags, backend="jax", wandb=False, **environment):
         capture_output=True,
         text=True,
     )
+
+
+def only_line(done):
+    """The one line that a refused command prints, without its prefix."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    return lines[0].removeprefix("vit.py: error: ")
 
 
 def run_code(folder, backend, code):

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SMALL, read_last_record, run_code, run_vit
-from test_vit import only_line
+from conftest import SMALL, only_line, read_last_record, run_code, run_vit
 
 # ---- names -------------------------------------------------------------------------------------
 

@@ -1,26 +1,15 @@
 """pretrain.py as a person uses it: pre-training, its picture, and fine-tuning from its weights."""
 
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+from conftest import SMALL, only_line, read_last_record, run_code, run_vit
 from PIL import Image
-from test_vit import only_line
 
 MODEL = (*SMALL, "--num-epochs=6", "--warmup-epochs=1", "--learning-rate=0.005")
 
-
-def run_pretrain(folder, *flags, backend="jax"):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "pretrain.py"), f"--keras-backend={backend}", *flags]
-        + ["--no-use-wandb", f"--checkpoint-path={folder / 'best.weights.h5'}"],
-        cwd=folder,
-        env=child_environment(folder),
-        capture_output=True,
-        text=True,
-    )
+run_pretrain = partial(run_vit, script="pretrain.py")
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +98,9 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
 )
 def test_clashes_are_one_line(tmp_path, flags, told):
     done = run_pretrain(tmp_path, *flags)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(lines) == 1 and told in lines[0], done.stderr
-    assert lines[0].startswith("pretrain.py: error: ")
+    line = only_line(done)
+    assert done.returncode == 2 and told in line
+    assert line.startswith("pretrain.py: error: ")
 
 
 def test_masks_differ_between_pictures_and_epochs(tmp_path):

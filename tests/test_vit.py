@@ -13,6 +13,7 @@ from conftest import (
     ROOT,
     SMALL,
     child_environment,
+    only_line,
     read_last_record,
     read_log,
     read_wandb,
@@ -27,13 +28,6 @@ LEARNING = (
     *("--attention-dropout=0.1", "--head-dropout=0", "--no-augment"),
 )
 ARCHIVE = Path.home() / ".keras/datasets/cifar-100-python-target_archive"
-
-
-def only_line(done):
-    """The one line that a refused command prints, without its prefix."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    return lines[0].removeprefix("vit.py: error: ")
 
 
 # ---- before Keras is imported ------------------------------------------------------------------
