@@ -36,6 +36,7 @@ from typing import Literal
 
 from harness import ending, environment, tracking
 from harness.cli import (
+    BUILT_IN,
     ConfigError,
     check_config,
     check_writable,
@@ -124,12 +125,16 @@ class ViTConfig:
     variant: str | None = None  # likewise: a ViT of the literature, SIZE/PATCH such as B/16
     keras_backend: Literal[BACKENDS] | None = None  # default: KERAS_BACKEND, else jax
     # data
-    dataset: Literal["cifar100", "synthetic"] = "cifar100"  # synthetic: drawn pictures, no download
-    num_classes: int = 100
-    input_shape: tuple[int, int, int] = (32, 32, 3)  # height, width, channels of the pictures
+    dataset: str = "cifar100"  # or synthetic, drawn without a download, or a folder of pictures
+    num_classes: int | None = None  # default: 100, or those of the folder
+    input_shape: tuple[int, int, int] | None = None  # default: 32 32 3, in a folder image_size
     train_images: int | None = None  # a class-balanced subset, before the validation split
     test_images: int | None = None  # likewise
     validation_split: float = 0.1  # share of the training images, class-balanced; 0 for none
+    max_unreadable: int = 100  # so many of a folder's files are left out, more are an error
+    loader: Literal["resident", "torch"] = "resident"  # on the device, or by PyTorch's DataLoader
+    loader_workers: int | None = None  # its processes; default: a core less than there are, 1 to 8
+    loader_prefetch: int = 2  # batches that each has ready
     # augmentation
     augment: bool = True  # flip, and what follows here; off: only label smoothing
     rotation: float = 0.02  # largest angle, as a share of a full turn
@@ -200,6 +205,14 @@ class ViTConfig:
     def __post_init__(self):
         self.keras_backend = self.keras_backend or os.environ.get("KERAS_BACKEND") or "jax"
         self.head_dim = self.head_dim or self.projection_dim
+        if self.loader_workers is None:
+            self.loader_workers = min(max((os.cpu_count() or 1) - 1, 1), 8)
+        is_folder = self.dataset not in BUILT_IN
+        if is_folder:
+            self.num_classes = self.num_classes or count_classes(self.dataset)
+        self.num_classes = self.num_classes or 100
+        size = self.image_size if is_folder else 32
+        self.input_shape = tuple(self.input_shape or (size, size, 3))
         if self.mlp_ratio is not None:
             if self.transformer_units is not None:
                 raise ConfigError("--mlp-ratio: expected none beside --transformer-units")
@@ -230,6 +243,10 @@ class ViTConfig:
                 f"got {self.warmup_epochs}",
             ),
             (
+                self.loader == "torch" and (self.trainer == "fit" or not self.jit_compile),
+                "--loader torch: expected compiled training, got Keras' fit; or --loader resident",
+            ),
+            (
                 (self.mixup or self.cutmix) and (self.micro_batch_size or self.batch_size) % 2,
                 "--mixup, --cutmix: expected an even --batch-size and --micro-batch-size, "
                 f"since they mix pairs, got {self.batch_size} and {self.micro_batch_size}",
@@ -244,6 +261,16 @@ class ViTConfig:
     @property
     def num_patches(self):
         return (self.image_size // self.patch_size) ** 2
+
+
+def count_classes(folder):
+    """How many classes a folder of pictures has. Raises ConfigError."""
+    from harness import data
+
+    try:
+        return len(data.list_classes(folder))
+    except data.DataError as error:
+        raise ConfigError(f"--{error}") from error
 
 
 def parse_config(argv):
@@ -504,7 +531,34 @@ def create_vit_classifier(config, mean=127.5, variance=127.5**2):
 
 
 # ---------------------------------------------------------------------------------------------
-# Augmentation
+# Pictures and their augmentation
+
+
+def load_pictures(config, report, runner):
+    """The data set of a run, through PyTorch's DataLoader if asked for.
+
+    Raises:
+        data.DataError, loader.SharedMemoryError.
+    """
+    dataset = data.load_for_run(config, report, runner)
+    if len(dataset.x_train) < config.batch_size:
+        raise data.DataError(
+            f"--batch-size: expected at most the {len(dataset.x_train)} images that are left to "
+            f"train on, got {config.batch_size}"
+        )
+    if config.loader == "resident":
+        return dataset
+    from harness.loader import Loader
+
+    names = ("x_train", "x_validation", "x_test")
+    loader = Loader(
+        [getattr(dataset, name) for name in names],
+        config.batch_size,
+        config.loader_workers,
+        config.loader_prefetch,
+        pin=engine.BACKEND == "torch" and engine.on_gpu(),
+    )
+    return dataset._replace(**dict(zip(names, loader.streams)))
 
 
 def create_data_augmentation(config, x_train):
@@ -584,9 +638,12 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
         a function of (images, labels) that evaluates: a dictionary of loss and metrics.
     """
     steps = len(dataset.x_train) // config.batch_size  # a smaller last batch would compile anew
-    per_call = engine.steps_per_call(steps)
+    is_resident = config.loader == "resident"
+    per_call = engine.steps_per_call(steps) if is_resident else 1
     engine.build_state(model, config.batch_size)
-    training = engine.compile_train_steps(model, dataset.x_train, dataset.y_train, apply)
+    training = engine.compile_train_steps(model, apply)
+    if is_resident:
+        training.load(dataset.x_train, dataset.y_train)
     forward = engine.compile_forward(model)
     progress = Progress(config.num_epochs, steps, is_shown=config.verbose)
     callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
@@ -602,8 +659,15 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
         callbacks.on_epoch_begin(epoch)
         running = None
         progress.show(epoch, 0, running)
+        if not is_resident:  # a batch is all that lies on the device
+            labels = dataset.y_train[order].reshape(steps, -1)
+            batches = zip(dataset.x_train.batches(order.ravel()), labels)
+            order = np.broadcast_to(np.arange(labels[0].size, dtype=np.int32), labels.shape)
+            order = order.reshape(steps, -1, config.micro_batch_size)
         for first in range(0, steps, per_call):
             rows = slice(first, first + per_call)
+            if not is_resident:
+                training.load(*next(batches))
             losses = training.run(order[rows], {name: drawn[rows] for name, drawn in draws.items()})
             if epoch == first == 0:
                 stopwatch.end_first_call(order[rows].size)
@@ -834,6 +898,8 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
             fail(
                 f"PyTorch compiles with {compiler}, which is not here: install it, or --trainer fit"
             )
+    if config.loader == "torch" and importlib.util.find_spec("torch") is None:
+        fail("--loader torch: expected PyTorch, which is not installed: pip install '.[torch]'")
     machine = telemetry.describe_machine()  # before the backend touches the GPU
     if not engine.on_gpu():
         _accept_cpu(config)
@@ -862,7 +928,7 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
     cached = environment.count_compiled(engine.BACKEND, is_compiled(config))
     status, error, exit_code = ending.run_to_end(
-        lambda: experiment(config, data.load_for_run(config, report, runner), report, run),
+        lambda: experiment(config, load_pictures(config, report, runner), report, run),
         f"lower --micro-batch-size {config.micro_batch_size}"
         if is_compiled(config)
         else f"lower --batch-size {config.batch_size}",

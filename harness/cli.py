@@ -8,12 +8,14 @@ import math
 import re
 import sys
 
+BUILT_IN = ("cifar100", "synthetic")  # data sets; others are folders
 ACCEPTED = {  # field of a configuration: (whether a value is possible, what is expected)
     **dict.fromkeys(
         (
             *("train_images", "test_images", "image_size", "patch_size", "projection_dim"),
             *("num_heads", "head_dim", "transformer_layers", "batch_size", "micro_batch_size"),
             *("num_epochs", "mlp_ratio", "learning_rate_batch", "clip_norm", "rand_layers"),
+            "loader_prefetch",
         ),
         (lambda value: value > 0, "above 0"),
     ),
@@ -29,7 +31,10 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
         (lambda value: 0 <= value <= 1, "0 to 1"),
     ),
     **dict.fromkeys(
-        ("mixup", "cutmix", "warmup_epochs", "final_learning_rate", "rand_std", "weight_decay"),
+        (
+            *("mixup", "cutmix", "warmup_epochs", "final_learning_rate", "rand_std"),
+            *("weight_decay", "loader_workers", "max_unreadable"),
+        ),
         (lambda value: 0 <= value < math.inf, "at least 0"),
     ),
     **dict.fromkeys(
@@ -40,8 +45,11 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
     "rand_magnitude": (lambda value: 0 <= value <= 10, "0 to 10"),
     "crop_padding": (lambda value: 0 <= value < 32, "0 to 31"),
     "seed": (lambda value: 0 <= value < 2**31, "0 to 2147483647"),
-    "num_classes": (lambda value: 2 <= value <= 100, "2 to 100"),
-    "input_shape": (lambda value: tuple(value) == (32, 32, 3), "32 32 3, as the data sets have it"),
+    "num_classes": (lambda value: value > 1, "2 or more"),
+    "input_shape": (
+        lambda value: value[0] == value[1] > 0 and value[2] == 3,
+        "squares of 3 colours, such as 32 32 3",
+    ),
 }
 
 
@@ -157,10 +165,19 @@ def check_config(config):
             f"--micro-batch-size: expected a divisor of --batch-size {config.batch_size}, "
             f"got {config.micro_batch_size}"
         )
-    for name, available in (("train_images", 50_000), ("test_images", 10_000)):
+    if config.dataset not in BUILT_IN:
+        return
+    limits = {"num_classes": 100}
+    if config.dataset == "cifar100":
+        limits |= {"train_images": 50_000, "test_images": 10_000}
+    for name, available in limits.items():
         asked = getattr(config, name)
-        if config.dataset == "cifar100" and asked and asked > available:
+        if asked and asked > available:
             raise ConfigError(f"{name_flag(name)}: expected at most {available}, got {asked}")
+    if tuple(config.input_shape) != (32, 32, 3):
+        raise ConfigError(
+            f"--input-shape: expected 32 32 3, as {config.dataset} has it, got {config.input_shape}"
+        )
     images = config.train_images or 500 * config.num_classes
     images -= round(images * config.validation_split)
     if config.batch_size > images:

@@ -1,4 +1,4 @@
-"""Pictures to train on: CIFAR-100, or synthetic shapes where CIFAR-100 cannot be had.
+"""Pictures to train on: CIFAR-100, a folder of your own, or synthetic shapes.
 
 Every random choice here is drawn by NumPy from a seed, so each backend sees the same images in the
 same order; `Dataset.fingerprint` is the proof that a record carries.
@@ -10,9 +10,11 @@ import math
 import os
 import shlex
 import socket
+import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ CIFAR100_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba67
 STALL_SECONDS = 10.0  # a download that sends nothing for so long has failed; a slow one has not
 
 # A generator is seeded with (seed, stream, ...): no two uses share their random numbers.
-TRAIN_SUBSET, TEST_SUBSET, TRAIN_PICTURES, TEST_PICTURES, EPOCH = range(5)
+TRAIN_SUBSET, TEST_SUBSET, TRAIN_PICTURES, TEST_PICTURES, EPOCH, VALIDATION_SUBSET = range(6)
 
 
 class DataError(Exception):
@@ -35,7 +37,8 @@ class DataError(Exception):
 
 
 class Dataset(NamedTuple):
-    """Images uint8 (n, 32, 32, 3) and labels int32 (n,) of the three splits."""
+    """Images uint8 (n, height, width, 3) and labels int32 (n,) of the three splits; the images are
+    arrays or, where they are too many for that, `Pictures`."""
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -43,9 +46,10 @@ class Dataset(NamedTuple):
     y_validation: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-    name: str  # "cifar100" or "synthetic"
     label: str  # how a report calls it: "CIFAR-100" or "synthetic shapes (not CIFAR-100)"
-    fingerprint: str  # 16 hex digits of the sha256 over the six arrays, in the order above
+    fingerprint: str  # 16 hex digits of the sha256 over the six arrays, in the order above, or over
+    # paths, labels and how often each value occurs where the pictures are files
+    unreadable: int  # files that were left out
 
     def describe(self):
         """What a record's `quality` says of it."""
@@ -66,41 +70,70 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(
-    name, *, num_classes=100, train_images=None, test_images=None, validation_split=0.1, seed=0
+    name,
+    *,
+    num_classes=100,
+    train_images=None,
+    test_images=None,
+    validation_split=0.1,
+    seed=0,
+    size=32,
+    in_memory=True,
+    max_unreadable=0,
 ):
     """Load or draw a data set and split it; returns a `Dataset`.
 
     `train_images` counts the images before `validation_split` of them is taken off; None means all
     (for synthetic shapes: as many a class as CIFAR-100 has). Subsets, and each split of them, are
-    drawn with the seed and class-balanced: the counts of two classes differ by at most one.
-    `num_classes` below 100 keeps the classes 0 to num_classes - 1. Raises DataError.
+    drawn with the seed and class-balanced: the counts of two classes differ by at most one, or are
+    in proportion to the classes' sizes where these differ. `num_classes` below the data set's own
+    keeps the classes 0 to num_classes - 1. Raises DataError.
+
+    Args:
+        name: "cifar100", "synthetic" or a folder, see `list_folder`.
+        size: pixels a side, of a folder's pictures.
+        in_memory: whether a folder's pictures are kept decoded, or as `Pictures`.
+        max_unreadable: so many of a folder's files may be unreadable; they are named and left out.
     """
-    if name not in LABELS:
-        raise DataError(f"dataset: expected one of {', '.join(LABELS)}; got {name!r}")
-    if not 1 <= num_classes <= 100:
-        raise DataError(f"num_classes: expected 1 to 100, got {num_classes}")
     if not 0 <= validation_split < 1:
         raise DataError(f"validation_split: expected 0 or more, below 1, got {validation_split}")
     if seed < 0:
         raise DataError(f"seed: expected 0 or more, got {seed}")
-
+    classes = 100 if name in LABELS else len(list_classes(name))
+    if not 1 <= num_classes <= classes:
+        raise DataError(f"num_classes: expected 1 to {classes}, got {num_classes}")
+    held_out = None
     if name == "synthetic":
         train, test = create_synthetic(train_images, test_images, seed, num_classes)
-    else:
+    elif name == "cifar100":
         train, test = load_cifar100()
-    order = order_balanced(train[1], num_classes, np.random.default_rng((seed, TRAIN_SUBSET)))
-    order = order[: check_count("train_images", train_images, len(order))]
-    test_order = order_balanced(test[1], num_classes, np.random.default_rng((seed, TEST_SUBSET)))
-    test_order = test_order[: check_count("test_images", test_images, len(test_order))]
-    kept = len(order) - round(len(order) * validation_split)
-    if kept == 0:
-        raise DataError(f"validation_split: {validation_split} of {len(order)} leaves no training")
+    else:
+        train, held_out, test = list_folder(name, size)
 
-    arrays = take(train, order[:kept]) + take(train, order[kept:]) + take(test, test_order)
+    def order(split, stream):
+        return order_balanced(split[1], num_classes, np.random.default_rng((seed, stream)))
+
+    chosen, test_order = order(train, TRAIN_SUBSET), order(test, TEST_SUBSET)
+    chosen = chosen[: check_count("train_images", train_images, len(chosen))]
+    test_order = test_order[: check_count("test_images", test_images, len(test_order))]
+    kept = len(chosen)
+    if held_out is None:
+        kept -= round(len(chosen) * validation_split)
+        validation = take(train, chosen[kept:])
+    else:
+        validation = take(held_out, order(held_out, VALIDATION_SUBSET))
+    if kept == 0:
+        raise DataError(f"validation_split: {validation_split} of {len(chosen)} leaves no training")
+    splits, unreadable = [take(train, chosen[:kept]), validation, take(test, test_order)], 0
     digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array)
-    return Dataset(*arrays, name, LABELS[name], digest.hexdigest()[:16])
+    if name not in LABELS:
+        for images, _ in splits:
+            digest.update(images.paths)
+        splits, unreadable = read_pictures(splits, in_memory, max_unreadable)
+    for array in sum(splits, ()):
+        digest.update(array.counts if isinstance(array, Pictures) else array)
+    label = LABELS.get(name) or f"the folder {os.path.basename(os.path.abspath(name))}"
+    return Dataset(*sum(splits, ()), label, digest.hexdigest()[:16], unreadable)
 
 
 def load_for_run(config, record, runner):
@@ -108,9 +141,15 @@ def load_for_run(config, record, runner):
     configuration is verbose, to a person, after `runner`, such as "jax on the CPU"."""
     started = time.perf_counter()
     names = ("num_classes", "train_images", "test_images", "validation_split", "seed")
-    dataset = load_dataset(config.dataset, **{name: getattr(config, name) for name in names})
+    choices = {name: getattr(config, name) for name in names}
+    if config.dataset not in LABELS:
+        choices |= {"size": config.input_shape[0], "in_memory": config.loader == "resident"}
+        choices["max_unreadable"] = config.max_unreadable
+    dataset = load_dataset(config.dataset, **choices)
     record["timing"]["data_seconds"] = time.perf_counter() - started
     record["quality"] |= dataset.describe()
+    if dataset.unreadable:
+        record["notes"].append(f"{dataset.unreadable} unreadable files were left out")
     if config.verbose:
         print(f"{runner}: {dataset.summarize()}", flush=True)
     return dataset
@@ -122,19 +161,25 @@ def epoch_order(n, seed, epoch):
 
 
 def measure_pixels(images):
-    """(mean, variance) of uint8 images (n, height, width, channels): float64 (channels,) each.
+    """(mean, variance) of uint8 images (n, height, width, channels): float64 (channels,) each."""
+    files = getattr(images, "images", images)  # what a loader's stream is made of
+    counts = files.counts if isinstance(files, Pictures) else count_values(images)
+    values, n = np.arange(256), counts[0].sum()
+    mean = counts @ values / n
+    return mean, counts @ values**2 / n - mean**2
 
-    From counts of each value, which are exact, of a chunk of images at a time: NumPy counts in 64
-    bits, eight times what the pixels hold.
+
+def count_values(images):
+    """How often each value occurs in each channel of uint8 images: int64 (channels, 256).
+
+    Of a chunk of images at a time: NumPy counts in 64 bits, eight times what the pixels hold.
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
     for first in range(0, len(images), 1000):
         pixels = images[first : first + 1000].reshape(-1, channels)
         counts += [np.bincount(pixels[:, c], minlength=256) for c in range(channels)]
-    values, n = np.arange(256), counts[0].sum()
-    mean = counts @ values / n
-    return mean, counts @ values**2 / n - mean**2
+    return counts
 
 
 def order_balanced(labels, num_classes, rng):
@@ -142,11 +187,14 @@ def order_balanced(labels, num_classes, rng):
 
     Each round runs through the classes in the same order and only the last may be incomplete, so
     the class counts of *any* contiguous piece differ by at most one (if those of all images do).
+    Where classes differ in size by more, each is spread evenly over the whole order.
     """
     members = [rng.permutation(np.flatnonzero(labels == c)) for c in rng.permutation(num_classes)]
     members.sort(key=len, reverse=True)  # larger classes first: only they are in the last round
-    rounds = np.concatenate([np.arange(len(m)) for m in members])
-    return np.concatenate(members)[np.argsort(rounds, kind="stable")]
+    rounds = [np.arange(len(m)) for m in members]
+    if len(members[0]) > len(members[-1]) + 1:
+        rounds = [(places + 0.5) / len(places) for places in rounds]
+    return np.concatenate(members)[np.argsort(np.concatenate(rounds), kind="stable")]
 
 
 def check_count(what, asked, available):
@@ -158,6 +206,8 @@ def check_count(what, asked, available):
 
 def take(pictures, indices):
     images, labels = pictures
+    if isinstance(images, Pictures):
+        return Pictures(images.paths[indices], images.size), labels[indices]
     shape = (len(indices), *images.shape[1:])
     # JAX uses an array in host memory as it is where it begins at a multiple of 64 bytes.
     memory = np.empty(math.prod(shape) + 64, np.uint8)
@@ -165,6 +215,158 @@ def take(pictures, indices):
     taken = memory[first : first + math.prod(shape)].reshape(shape)
     np.take(images, indices, axis=0, out=taken, mode="clip")  # the others would copy once more
     return taken, labels[indices]
+
+
+# ---------------------------------------------------------------------------------------------
+# A folder of pictures
+
+
+class Pictures:
+    """Picture files of any sizes, decoded to squares of `size` pixels a side when they are indexed,
+    and else like an array of uint8 (n, size, size, 3): for data sets that memory does not hold.
+
+    Args:
+        paths: bytes, an array (n,).
+        counts: of `count_values`, once the pictures were read.
+    """
+
+    def __init__(self, paths, size, counts=None):
+        self.paths, self.size, self.counts = paths, size, counts
+        self.shape = (len(paths), size, size, 3)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return np.stack([decode_picture(path, self.size) for path in self.paths[index]])
+
+
+def decode_picture(path, size):
+    """A picture file, upright, as RGB, uint8 (size, size, 3): the largest square in its middle,
+    resized (bicubic, antialiased). Raises DataError."""
+    from PIL import Image, ImageOps  # here: not all runs read files
+
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", (size, size))  # a large JPEG is decoded at a fraction of its size
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot read {os.fsdecode(path)} as a picture: {reason}") from error
+
+
+def list_classes(folder):
+    """Names of the classes of a data set in a folder, sorted: those of the folders in train/."""
+    train = os.path.join(folder, "train")
+    try:
+        folders = [entry.name for entry in os.scandir(train) if entry.is_dir()]
+    except OSError as error:
+        raise DataError(
+            f"dataset: expected {', '.join(LABELS)} or a folder with train/CLASS/ and test/CLASS/, "
+            f"got {folder!r} ({train}: {error.strerror})"
+        ) from error
+    classes = sorted(name for name in folders if not name.startswith("."))
+    if len(classes) < 2:
+        raise DataError(f"dataset: expected two or more folders of classes in {train}")
+    return classes
+
+
+def list_folder(folder, size):
+    """The pictures in FOLDER/train/CLASS/, FOLDER/val/CLASS/ and FOLDER/test/CLASS/, each with its
+    class's number. Where one of val and test is missing, the other is what is tested on.
+
+    Returns:
+        train, validation (None where it is missing), test: (Pictures, labels int32 (n,)) each.
+
+    Raises:
+        DataError: neither val nor test is there, one has a class that train has not, or one is
+            empty.
+    """
+    classes, splits = list_classes(folder), {}
+    for split in ("train", "val", "test"):
+        root = os.path.join(folder, split)
+        if not os.path.isdir(root):
+            continue
+        paths, labels = [], []
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            if not entry.is_dir() or entry.name.startswith("."):
+                continue
+            if entry.name not in classes:
+                raise DataError(f"dataset: {root} has a class that train/ has not: {entry.name}")
+            files = sorted(
+                os.fsencode(file.path)
+                for file in os.scandir(entry.path)
+                if file.is_file() and not file.name.startswith(".")
+            )
+            paths += files
+            labels += [classes.index(entry.name)] * len(files)
+        if not paths:
+            raise DataError(f"dataset: expected pictures in {root}/CLASS/, found none")
+        splits[split] = Pictures(np.array(paths), size), np.array(labels, np.int32)
+    if len(splits) == 1:
+        raise DataError(f"dataset: expected test/ or val/ beside train/ in {folder}, found neither")
+    test = splits.get("test") or splits["val"]
+    return splits["train"], splits.get("val") if "test" in splits else None, test
+
+
+def read_pictures(splits, in_memory, max_unreadable):
+    """Decode every file of [(Pictures, labels), ...] once, before a long run meets a broken one.
+
+    Returns:
+        the splits without the files that cannot be read, each of which is named on stderr, and how
+        many they are. Images are arrays where they shall be in memory, else Pictures with counts.
+
+    Raises:
+        DataError: more than max_unreadable, or all of a split; the arrays are too large.
+    """
+    total, size = sum(len(images) for images, _ in splits), splits[0][0].size
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if in_memory and total * size * size * 3 > memory / 2:
+        raise DataError(
+            f"dataset: {total:,} pictures of {size} x {size} pixels need "
+            f"{total * size * size * 3 / 1e9:.1f} GB, more than half of this machine's memory: "
+            "--loader torch"
+        )
+
+    def read(path):
+        try:
+            image = decode_picture(path, size)
+            return image if in_memory else None, count_values(image[None]), None
+        except DataError as error:
+            return None, None, str(error)
+
+    found, done, problems = [], 0, 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter lock
+        for images, labels in splits:
+            arrays = np.empty(images.shape if in_memory else 0, np.uint8)
+            counts, readable = np.zeros((3, 256), np.int64), []
+            for row in range(len(images)):
+                if row % 1000 == 0:  # not all at once: a million of them would take a gigabyte
+                    results = pool.map(read, images.paths[row : row + 1000])
+                image, values, problem = next(results)
+                done += 1
+                if sys.stderr.isatty() and done % 100 == 0:
+                    line = f"reading pictures: {done:,} of {total:,}"
+                    print(line, end="\033[K\r", file=sys.stderr, flush=True)
+                if problem is None:
+                    if in_memory:
+                        arrays[len(readable)] = image
+                    counts += values
+                    readable.append(row)
+                    continue
+                problems += 1
+                if problems > max_unreadable:
+                    limit = f"more than --max-unreadable {max_unreadable}"
+                    raise DataError(f"{problem}; {problems} unreadable files, {limit}")
+                print(f"left out: {problem}", file=sys.stderr)
+            if len(images) and not readable:
+                raise DataError(f"dataset: none of {len(images)} pictures of a split can be read")
+            kept = arrays[: len(readable)]
+            if not in_memory:
+                kept = Pictures(images.paths[readable], size, counts)
+            found.append((kept, labels[readable]))
+    return found, problems
 
 
 # ---------------------------------------------------------------------------------------------

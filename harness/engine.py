@@ -140,24 +140,25 @@ def build_state(model, batch_size):
     model.reset_metrics()
 
 
-def compile_train_steps(model, images, labels, augment=None):
+def compile_train_steps(model, augment=None):
     """Compile training on pictures that lie on the device.
 
     Args:
         model: a compiled Keras model whose state `build_state` has created.
-        images: uint8 (n, height, width, channels), NumPy; labels: int32 (n,), NumPy.
         augment: None, or a function of (images, labels, draws) of a batch, made of keras.ops, that
             gives float32 images and what the model's loss takes for labels.
 
     Returns:
-        An object with two methods. run(order, draws) trains a step per row and returns the epoch's
-        running mean of the loss after each, (steps,), on the device and not waited for; order:
-        int32 (steps, parts, images) indices, draws: arrays (steps, parts, images, ...), a dict.
-        A batch is computed part by part; the step is that of the mean of its parts' gradients, so
-        that memory for one part is enough. sync() brings the model's variables up to date, for
-        whoever reads or writes them between runs.
+        An object with three methods. load(images, labels) puts pictures on the device, instead of
+        those before: uint8 (n, height, width, channels), NumPy or PyTorch, and int32 (n,), NumPy.
+        run(order, draws) trains a step per row and returns the epoch's running mean of the loss
+        after each, (steps,), on the device and not waited for; order: int32 (steps, parts, images)
+        indices of the pictures; draws: arrays (steps, parts, images, ...), a dict. A batch is
+        computed part by part; the step is that of the mean of its parts' gradients, so that memory
+        for one part is enough. sync() brings the model's variables up to date, for whoever reads or
+        writes them between runs.
     """
-    return {"jax": _JaxTraining, "torch": _TorchTraining}[BACKEND](model, images, labels, augment)
+    return {"jax": _JaxTraining, "torch": _TorchTraining}[BACKEND](model, augment)
 
 
 def compile_function(function):
@@ -199,12 +200,21 @@ def evaluate(model, forward, images, labels, batch_size):
     The logits of all pictures are computed first, in batches of one size (the last one is filled
     up), so that one compiled function serves any data set; loss and metrics are exact.
 
+    Args:
+        images: an array (n, height, width, channels), or what has a method `batches` that gives
+            batches of the size for an order (n,).
+
     Returns:
         dict of floats, by the metrics' names.
     """
+    if hasattr(images, "batches"):
+        batches = images.batches(np.arange(len(images)))
+    else:
+        firsts = range(0, len(images), batch_size)
+        batches = (images[first : first + batch_size] for first in firsts)
     logits = []
-    for first in range(0, len(images), batch_size):
-        batch = images[first : first + batch_size]
+    for batch in batches:
+        batch = np.asarray(batch)
         missing = batch_size - len(batch)
         if missing:
             batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
@@ -229,9 +239,8 @@ class _JaxTraining:
     """Scans over steps and, within a step, over the parts of its batch, whose gradients add up.
     The state is donated, so it exists once."""
 
-    def __init__(self, model, images, labels, augment):
+    def __init__(self, model, augment):
         self.model, self.state, self.compiled = model, None, None
-        self.images, self.labels = jax.device_put(images), jax.device_put(labels)
         differentiate = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
 
         def train_steps(state, images, labels, order, draws):
@@ -267,6 +276,9 @@ class _JaxTraining:
 
         self.train_steps = jax.jit(train_steps, donate_argnums=0)
 
+    def load(self, images, labels):
+        self.images, self.labels = jax.device_put((np.asarray(images), labels))
+
     def _variables(self):
         return (
             self.model.trainable_variables,
@@ -296,13 +308,17 @@ class _TorchTraining:
     """One compiled graph gathers, augments, runs forward and backward and updates the metrics, for
     each part of a batch; then the optimiser updates Keras' own variables in place."""
 
-    def __init__(self, model, images, labels, augment):
+    def __init__(self, model, augment):
         self.model, self.augment, self.compiled = model, augment, None
-        self.labels = keras.ops.convert_to_tensor(labels)
-        # Keras would copy the pictures even where the device is the CPU.
-        self.images = torch.as_tensor(images, device=self.labels.device)
         self.trained = [v.value for v in model.trainable_variables]
         self.update = _fuse_adam(model.optimizer, model.trainable_variables)
+
+    def load(self, images, labels):
+        # Keras would copy the pictures even where the device is the CPU.
+        device = self.trained[0].device
+        self.images, self.labels = (
+            torch.as_tensor(array).to(device, non_blocking=True) for array in (images, labels)
+        )
 
     def _differentiate(self, parts, trainable, carried, images, labels, index, draws):
         """Keras' train step up to the gradients, as a function of tensors, for one of `parts`.

@@ -130,7 +130,7 @@ def test_splits_share_no_image():
 
 def test_synthetic_form():
     d = data.load_dataset("synthetic", train_images=400, test_images=200)
-    assert (d.name, d.label) == ("synthetic", "synthetic shapes (not CIFAR-100)")
+    assert d.label == "synthetic shapes (not CIFAR-100)"
     assert (len(d.x_train), len(d.x_validation), len(d.x_test)) == (360, 40, 200)
     for x, y in ((d.x_train, d.y_train), (d.x_validation, d.y_validation), (d.x_test, d.y_test)):
         assert x.dtype == np.uint8 and x.shape == (len(y), 32, 32, 3) and x.flags.c_contiguous

@@ -28,7 +28,8 @@ def split(rows, parts=2):  # of each batch
 
 def train(model, order, apply=None, draws=None, parts=2):
     engine.build_state(model, 20)
-    training = engine.compile_train_steps(model, x, y, apply)
+    training = engine.compile_train_steps(model, apply)
+    training.load(x, y)
     losses = []
     for row in range(len(order)):
         rows = slice(row, row + 1)

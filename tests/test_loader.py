@@ -1,0 +1,190 @@
+"""Pictures from a folder, and through PyTorch's DataLoader."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import SMALL, read_last_record, run_vit
+from PIL import Image
+
+from harness import data, loader
+
+CLASSES = ("bee", "cat", "Dog")
+
+
+def draw_picture(rng, label, width, height):
+    """A picture of noise whose colour tells the class."""
+    pixels = rng.integers(0, 120, (height, width, 3), np.uint8)
+    pixels[..., label] += 130
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes with 30, 30 and 12 pictures to train on and 4 each to test on, of many sizes
+    and formats."""
+    rng = np.random.default_rng(0)
+    kinds = ("png", "jpg", "gif", "webp")
+    for split, counts in (("train", (30, 30, 12)), ("test", (4, 4, 4))):
+        for label, (name, count) in enumerate(zip(CLASSES, counts)):
+            place = tmp_path / "pets" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                width, height = rng.integers(9, 60, 2)
+                path = place / f"{number} ö.{kinds[number % len(kinds)]}"
+                draw_picture(rng, label, width, height).save(path)
+    (tmp_path / "pets" / "train" / "bee" / ".hidden").write_text("not a picture")
+    return tmp_path / "pets"
+
+
+def load(folder, **choices):
+    return data.load_dataset(str(folder), **{"num_classes": 3, "size": 16, **choices})
+
+
+def test_a_folder_is_split_in_proportion(folder):
+    found = load(folder, validation_split=1 / 6)
+    assert found.x_train.shape == (60, 16, 16, 3) and found.x_train.dtype == np.uint8
+    # sorted as Python sorts: capitals first
+    assert np.bincount(found.y_train).tolist() == [10, 25, 25]
+    assert np.bincount(found.y_validation).tolist() == [2, 5, 5]
+    assert np.bincount(found.y_test).tolist() == [4, 4, 4]
+    colours = found.x_train.mean(axis=(1, 2)).argmax(axis=1)
+    assert (np.array([2, 0, 1])[found.y_train] == colours).all()
+    assert found.label == "the folder pets" and found.unreadable == 0
+
+
+def test_pictures_are_the_same_from_files_and_from_memory(folder):
+    arrays, files = load(folder), load(folder, in_memory=False)
+    for split in ("x_train", "x_validation", "x_test"):
+        np.testing.assert_array_equal(getattr(files, split)[:], getattr(arrays, split))
+    assert isinstance(files.x_train, data.Pictures)
+    for of_files, of_arrays in zip(*(data.measure_pixels(d.x_train) for d in (files, arrays))):
+        np.testing.assert_array_equal(of_files, of_arrays)
+    other = load(folder, seed=1, in_memory=False)
+    assert files.fingerprint == load(folder, in_memory=False).fingerprint != other.fingerprint
+
+
+def test_with_val_and_test_both_are_used(folder):
+    shutil.copytree(folder / "test", folder / "val")
+    (folder / "val" / "cat" / "0 ö.png").unlink()
+    found = load(folder)
+    assert [len(x) for x in (found.x_train, found.x_validation, found.x_test)] == [72, 11, 12]
+    shutil.rmtree(folder / "test")
+    found = load(folder)
+    assert [len(x) for x in (found.x_train, found.x_validation, found.x_test)] == [65, 7, 11]
+
+
+def test_pictures_are_upright_whole_and_rgb(tmp_path):
+    left = np.zeros((20, 40, 3), np.uint8)
+    left[:, :20] = 255  # white on the left
+    turned = Image.fromarray(left)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned clockwise before it is shown: white on top
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(left).convert("L").save(tmp_path / "grey.png")
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(tmp_path / "as_is.png")
+    turned = data.decode_picture(str(tmp_path / "turned.png"), 8)
+    assert turned[:3].min() > 250 and turned[-3:].max() < 5
+    grey = data.decode_picture(str(tmp_path / "grey.png"), 8)
+    assert grey.shape == (8, 8, 3) and grey[:, :3].min() > 250 and grey[:, -3:].max() < 5
+    as_is = data.decode_picture(str(tmp_path / "as_is.png"), 4)
+    np.testing.assert_array_equal(as_is, np.arange(48).reshape(4, 4, 3))
+
+
+def break_pictures(folder):
+    whole = folder / "train" / "cat" / "1 ö.jpg"
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (folder / "train" / "bee" / "notes.txt").write_text("no picture")
+    return [whole, folder / "train" / "bee" / "notes.txt"]
+
+
+def test_unreadable_files_are_named_counted_and_left_out(folder, capfd):
+    broken = break_pictures(folder)
+    found = load(folder, max_unreadable=2, validation_split=0)
+    assert found.unreadable == 2 and len(found.x_train) == len(found.y_train) == 71
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 2
+    for path in broken:
+        assert any(line.startswith(f"left out: cannot read {path}") for line in told)
+    with pytest.raises(data.DataError, match="2 unreadable files, more than --max-unreadable 1"):
+        load(folder, max_unreadable=1)
+
+
+@pytest.mark.parametrize("backend_loader", ["resident", "torch"])
+def test_a_run_on_a_folder_with_a_broken_file(folder, backend_loader):
+    broken = break_pictures(folder)
+    flags = [*SMALL[4:], f"--dataset={folder}", f"--loader={backend_loader}", "--batch-size=8"]
+    flags += ["--image-size=16", "--rotation=0", "--zoom=0", "--num-epochs=3"]
+    done = run_vit(folder.parent, *flags)
+    assert done.returncode == 0, done.stderr
+    assert [f"left out: cannot read {path}" in done.stderr for path in broken] == [True, True]
+    found = read_last_record(folder.parent)
+    assert found["config"]["num_classes"] == 3 and found["config"]["input_shape"] == [16, 16, 3]
+    assert found["quality"]["train_images"] == 64 and found["quality"]["test_images"] == 12
+    assert "2 unreadable files were left out" in found["notes"]
+    assert found["quality"]["test_accuracy"] > 0.5  # by chance a third
+    done = run_vit(folder.parent, *flags, "--max-unreadable=1")
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 5 and "--max-unreadable 1" in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr and len(lines) == 2  # the first one, and why it ended
+
+
+def test_the_loader_gives_the_same_images_in_the_same_order(tmp_path, backend):
+    losses = []
+    for choice in ("resident", "torch"):
+        flags = [*SMALL, "--num-epochs=2", f"--loader={choice}", "--loader-workers=2"]
+        done = run_vit(tmp_path, *flags, "--micro-batch-size=10", backend=backend)
+        assert done.returncode == 0, done.stderr
+        quality = read_last_record(tmp_path)["quality"]
+        losses.append([quality[name] for name in ("loss", "val_loss", "test_accuracy")])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_later_is_one_line(folder, workers):
+    found = load(folder, in_memory=False, validation_split=0)
+    stream = loader.Loader([found.x_train, found.x_test], 8, workers, 2, pin=False).streams[1]
+    order = np.array([7, 3, 3, 11, 0, 1, 2, 4, 5, 6])
+    for _ in range(2):  # epochs
+        batches = [batch.numpy() for batch in stream.batches(order)]
+        assert [len(batch) for batch in batches] == [8, 2]
+        np.testing.assert_array_equal(np.concatenate(batches), found.x_test[order])
+    shutil.rmtree(folder / "test" / "cat")
+    with pytest.raises(data.DataError, match="^cannot read .*/test/cat/.* No such file[^\n]*$"):
+        list(stream.batches(order))
+
+
+def test_too_little_shared_memory(folder, monkeypatch):
+    found = load(folder)
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    splits = [found.x_train, found.x_test]
+    with pytest.raises(loader.SharedMemoryError, match="docker run --ipc host"):
+        loader.Loader(splits, 64, 2, 2, pin=False)
+    loader.Loader(splits, 64, 0, 2, pin=False)  # needs none
+
+
+def empty_class(folder):
+    shutil.rmtree(folder / "train" / "bee")
+    shutil.rmtree(folder / "train" / "cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "code", "told"),
+    [
+        (lambda folder: shutil.rmtree(folder / "train"), (), 2, "with train/CLASS/ and test/"),
+        (lambda folder: shutil.rmtree(folder / "test"), (), 5, "test/ or val/ beside train/"),
+        (lambda folder: (folder / "test" / "emu").mkdir(), (), 5, "train/ has not: emu"),
+        (empty_class, (), 2, "two or more"),
+        (lambda folder: None, ("--num-classes=4",), 5, "expected 1 to 3, got 4"),
+        (lambda folder: None, ("--batch-size=80",), 5, "at most the 65 images"),
+        (lambda folder: None, ("--train-images=99",), 5, "1 to 72 images, got 99"),
+        (lambda folder: None, ("--loader=torch", "--trainer=fit"), 2, "compiled training"),
+        (lambda folder: None, ("--input-shape", "16", "20", "3"), 2, "squares"),
+    ],
+)
+def test_bad_folders_are_one_line(folder, change, flags, code, told):
+    change(folder)
+    done = run_vit(folder.parent, f"--dataset={folder}", *SMALL[4:], "--num-epochs=1", *flags)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == code and len(lines) == 1 and told in lines[0], done.stderr
