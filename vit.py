@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["keras==3.15.1", "numpy", "tyro", "wandb", "python-dotenv", "nvidia-ml-py"]
+# dependencies = ["keras==3.15.1", "numpy", "tyro", "wandb", "python-dotenv", "nvidia-ml-py",
+#                 "pillow"]
 # ///
 """Train and measure a Vision Transformer on CIFAR-100 on a Keras 3 backend of your choice.
 
@@ -17,7 +18,7 @@ measured to --results-path.
 
 Exit codes: 0 done; 1 an unexpected error; 2 a bad configuration or a missing backend;
 3 out of memory; 4 diverged; 5 no data; 6 trained, but something could not be written;
-130 interrupted (Ctrl-C); 143 terminated (SIGTERM).
+130 interrupted (Ctrl-C); 141 nobody reads the output (SIGPIPE); 143 terminated (SIGTERM).
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ SMALL = f"""
     {LINEAR_HEAD} --image-size 32 --patch-size 4 --stem conv --pool attention --head-dim 64
     --schedule cosine --beta-2 0.99 --weight-decay 0.06 --decay-kernels-only --clip-norm 1
     --label-smoothing 0.1 --rotation 0 --zoom 0 --crop-padding 4
-    --batch-size 128 --validation-split 0
+    --batch-size 128 --no-best-weights
 """
 RECIPES = {
     # https://keras.io/examples/vision/image_classification_with_vision_transformer/
@@ -88,7 +89,7 @@ RECIPES = {
         --drop-path 0.1 --policy trivial --learning-rate 0.001 --num-epochs 100
         --warmup-epochs 10""",
     "tiny": f"""{SMALL} --projection-dim 128 --transformer-layers 2 --num-heads 2 --mlp-ratio 1
-        --learning-rate 0.002 --num-epochs 22 --warmup-epochs 2""",
+        --learning-rate 0.002 --num-epochs 100 --warmup-epochs 5 --ema 0.999""",
 }
 
 
@@ -181,6 +182,7 @@ class ViTConfig:
     beta_2: float = 0.999
     clip_norm: float | None = None  # largest global norm of a step's gradients
     ema: float | None = None  # momentum of an average of the weights, which is tested and saved
+    best_weights: bool = True  # of the epoch that validated best; off: the last epoch's
     batch_size: int = 256
     micro_batch_size: int | None = None  # computed at once; default: on a CPU a part of the batch
     num_epochs: int = 10
@@ -190,7 +192,7 @@ class ViTConfig:
     trainer: Literal["compiled", "fit"] = "compiled"  # fit: Keras' own loop with its defaults
     allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     # files and logs
-    checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")  # the best weights
+    checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")  # the weights that were tested
     results_path: Path = Path("results.jsonl")  # the record is appended here
     node_name: str = field(default_factory=platform.node)
     verbose: bool = True  # a line an epoch, and a summary
@@ -384,51 +386,64 @@ class PatchEncoder(layers.Layer):
     Args:
         position: "learned", or "sincos", which is fixed.
         class_token: whether there is one.
+        project: off where convolutions have made tokens of the model's width.
     """
 
     def __init__(
-        self, num_patches, projection_dim, position="learned", class_token=False, **kwargs
+        self,
+        num_patches,
+        projection_dim,
+        position="learned",
+        class_token=False,
+        project=True,
+        **kwargs,
     ):
         super().__init__(**kwargs)
-        self.num_patches, self.projection_dim = num_patches, projection_dim
-        self.position, self.has_class_token = position, class_token
-        self.projection = layers.Dense(
-            projection_dim,
-            kernel_initializer=GlorotUniform(),
-            dtype=self.dtype_policy,
-            name="projection",
-        )
+        self.choices = {
+            "num_patches": num_patches,
+            "projection_dim": projection_dim,
+            "position": position,
+            "class_token": class_token,
+            "project": project,
+        }
+        self.projection = None
+        if project:
+            self.projection = layers.Dense(
+                projection_dim,
+                kernel_initializer=GlorotUniform(),
+                dtype=self.dtype_policy,
+                name="projection",
+            )
 
     def build(self, input_shape):
-        self.projection.build(input_shape)
-        dim, first = self.projection_dim, int(self.has_class_token)
+        if self.projection:
+            self.projection.build(input_shape)
+        dim, first = self.choices["projection_dim"], int(self.choices["class_token"])
+        patches, is_learned = self.choices["num_patches"], self.choices["position"] == "learned"
         self.position_embedding = self.add_weight(
-            shape=(first + self.num_patches, dim),
-            initializer=RandomUniform() if self.position == "learned" else "zeros",
-            trainable=self.position == "learned",
+            shape=(first + patches, dim),
+            initializer=RandomUniform() if is_learned else "zeros",
+            trainable=is_learned,
             name="position_embedding",
         )
-        if self.position == "sincos":  # the class token is nowhere
-            grid = embed_positions(math.isqrt(self.num_patches), dim)
+        if not is_learned:  # the class token is nowhere
+            grid = embed_positions(math.isqrt(patches), dim)
             self.position_embedding.assign(np.pad(grid, ((first, 0), (0, 0))))
-        if self.has_class_token:
+        if first:
             self.class_token = self.add_weight(
                 shape=(1, dim), initializer=RandomUniform(), name="class_token"
             )
 
-    def call(self, patches):  # (batch, patches, pixels) -> (batch, patches, dim)
-        x = self.projection(patches)
-        if self.has_class_token:
-            token = ops.broadcast_to(
-                ops.cast(self.class_token, x.dtype), (ops.shape(x)[0], 1, self.projection_dim)
-            )
+    def call(self, patches):  # (batch, patches, pixels) -> (batch, tokens, dim)
+        x = self.projection(patches) if self.projection else patches
+        if self.choices["class_token"]:
+            token = ops.cast(self.class_token, x.dtype)
+            token = ops.broadcast_to(token, (ops.shape(x)[0], 1, x.shape[2]))
             x = ops.concatenate([token, x], axis=1)
         return x + ops.cast(self.position_embedding, x.dtype)
 
     def get_config(self):
-        sizes = {"num_patches": self.num_patches, "projection_dim": self.projection_dim}
-        choices = {"position": self.position, "class_token": self.has_class_token}
-        return {**super().get_config(), **sizes, **choices}
+        return {**super().get_config(), **self.choices}
 
 
 def mlp(x, units, dropout, last_activation="gelu"):
@@ -441,17 +456,17 @@ def mlp(x, units, dropout, last_activation="gelu"):
 
 
 def tokenize(images, config):
-    """Cut images (batch, size, size, channels) into patches (batch, patches, pixels), or make the
-    patches by convolutions that halve the images until a pixel stands for a patch (Xiao et al.
-    2021, https://arxiv.org/abs/2106.14881; with pooling, as in Compact Transformers)."""
+    """Cut images (batch, size, size, channels) into patches (batch, patches, pixels), or make
+    tokens (batch, patches, dim) by convolutions: each halves the images and has twice the filters
+    until a pixel stands for a patch, and a last one does not (Xiao et al. 2021,
+    https://arxiv.org/abs/2106.14881; with pooling, as in Compact Transformers)."""
     if config.stem == "patch":
         return Patches(config.patch_size)(images)
-    x, halvings = images, int(math.log2(config.patch_size))
-    for halving in range(halvings):
-        width = config.projection_dim >> 2 * (halvings - 1 - halving)
-        width = max(width, min(config.projection_dim, 8))
-        x = Convolution(width)(x)
-    return layers.Reshape((config.num_patches, config.projection_dim))(x)
+    x, dim = images, config.projection_dim
+    for halving in range(int(math.log2(config.patch_size)), 0, -1):
+        x = Convolution(max(dim >> halving, min(dim, 8)))(x)
+    x = Convolution(dim, halve=False)(x)
+    return layers.Reshape((config.num_patches, dim))(x)
 
 
 def encode(patches, config, select=lambda tokens: tokens):
@@ -459,8 +474,14 @@ def encode(patches, config, select=lambda tokens: tokens):
 
     select: which of the embedded tokens to go on with, for masked pre-training.
     """
-    size = (config.num_patches, config.projection_dim)
-    x = PatchEncoder(*size, config.position, config.pool == "token", name="patch_encoder")(patches)
+    x = PatchEncoder(
+        config.num_patches,
+        config.projection_dim,
+        position=config.position,
+        class_token=config.pool == "token",
+        project=config.stem == "patch",
+        name="patch_encoder",
+    )(patches)
     return transform(select(x), config, "encoded")
 
 
@@ -770,8 +791,9 @@ def run_experiment(config, dataset, report, run=None):
     timing["build_seconds"] = time.perf_counter() - started
 
     callbacks, has_validation = [], len(dataset.x_validation) > 0
-    if has_validation:
-        config.checkpoint_path.unlink(missing_ok=True)  # another run's best is not this one's
+    config.checkpoint_path.unlink(missing_ok=True)  # another run's weights are not this one's
+    keeps_best = config.best_weights and has_validation
+    if keeps_best:
         callbacks.append(
             keras.callbacks.ModelCheckpoint(
                 str(config.checkpoint_path),
@@ -783,18 +805,21 @@ def run_experiment(config, dataset, report, run=None):
         )
     callbacks += list_callbacks(config, run)
     evaluate = train(model, dataset, config, draw, apply, report, callbacks)
-    if has_validation:
+    if not has_validation:
+        missing = ("val_loss", "val_accuracy", "val_top5_accuracy")
+        notes += [f"quality.{name}: there are no validation images" for name in missing]
+    if keeps_best:
         quality["best_epoch"] = 1 + int(np.argmax(quality["val_accuracy"]))
         model.load_weights(config.checkpoint_path)
     else:
         quality["best_epoch"] = len(quality["loss"])
-        missing = ("val_loss", "val_accuracy", "val_top5_accuracy")
-        notes += [f"quality.{name}: there are no validation images" for name in missing]
-        notes.append("without validation images the last epoch's weights were tested")
+        notes.append("the last epoch's weights were tested")
     started = time.perf_counter()
     results = evaluate(dataset.x_test, dataset.y_test)
     timing["evaluation_seconds"] = time.perf_counter() - started
     quality |= {f"test_{record_name(name)}": value for name, value in results.items()}
+    if not keeps_best:
+        model.save_weights(config.checkpoint_path)
     return model
 
 

@@ -5,6 +5,7 @@ it means: its class has `ending`, a status and an exit code.
 """
 
 import ctypes
+import os
 import signal
 import sys
 import traceback
@@ -53,6 +54,9 @@ def run_to_end(run, remedy):
         ended = "interrupted", "Ctrl-C", 130
     except Terminated:
         ended = "interrupted", "SIGTERM", 143
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # what follows would fail, too
+        ended = "interrupted", "nobody reads the output any more", 141
     except Exception as error:
         ended = judge(error, remedy)
     for number in (signal.SIGINT, signal.SIGTERM):

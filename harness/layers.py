@@ -68,17 +68,17 @@ class Prepare(layers.Layer):
 
 @keras.saving.register_keras_serializable("vit")
 class Convolution(layers.Layer):
-    """A 3x3 convolution, ReLU, and the largest of each 2x2 pixels: (batch, height, width, channels)
-    to (batch, height / 2, width / 2, filters).
+    """A 3x3 convolution of images (batch, height, width, channels) to (batch, height, width,
+    filters); where it halves them, the largest of each 2x2 pixels after a ReLU.
 
     One matrix product over each pixel's neighbourhood, since on a CPU XLA's own gradients of
     convolution and pooling are several times slower. The largest pixel is found before bias and
     ReLU, which keep the order, and by `maximum`: the gradient of `max` costs half the layer's time.
     """
 
-    def __init__(self, filters, **kwargs):
+    def __init__(self, filters, halve=True, **kwargs):
         super().__init__(**kwargs)
-        self.filters = filters
+        self.filters, self.halve = filters, halve
 
     def build(self, input_shape):
         self.kernel = self.add_weight(
@@ -93,13 +93,16 @@ class Convolution(layers.Layer):
         x = ops.concatenate([x[:, row : row + height] for row in range(3)], axis=3)
         kernel = ops.reshape(ops.cast(self.kernel, x.dtype), (9 * channels, self.filters))
         x = ops.matmul(ops.reshape(x, (-1, 9 * channels)), kernel)
+        bias = ops.cast(self.bias, x.dtype)
+        if not self.halve:
+            return ops.reshape(x + bias, (-1, height, width, self.filters))
         x = ops.reshape(x, (-1, height // 2, 2, width // 2, 2, self.filters))
         x = ops.maximum(x[:, :, 0], x[:, :, 1])
         x = ops.maximum(x[:, :, :, 0], x[:, :, :, 1])
-        return ops.relu(x + ops.cast(self.bias, x.dtype))
+        return ops.relu(x + bias)
 
     def get_config(self):
-        return {**super().get_config(), "filters": self.filters}
+        return {**super().get_config(), "filters": self.filters, "halve": self.halve}
 
 
 @keras.saving.register_keras_serializable("vit")

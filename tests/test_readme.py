@@ -39,6 +39,7 @@ def test_python_commands(command, tmp_path):
         words += [*small, "--warmup-epochs=0"]
     elif script == "vit.py":
         words += [*small, "--warmup-epochs=0", "--drop-path=0", "--trainer=fit"]
+        words += ["--loader=resident"]  # fit has no other
     elif any(word.endswith(".jsonl") for word in words):  # a report on records that are here
         words = [str(ROOT / word) if word.startswith("results/") else word for word in words]
     elif script == "sweep.py":  # the study is opened, and no trial begun

@@ -313,6 +313,23 @@ def test_interrupted(tmp_path, number, code):
     assert len(record["quality"]["loss"]) >= 2 and "Traceback" not in err
 
 
+def test_nobody_reads_the_output(tmp_path):
+    words = " ".join([sys.executable, str(ROOT / "vit.py"), *SMALL, "--no-use-wandb"])
+    command = (
+        f"{words} --num-epochs=9 --checkpoint-path=b.weights.h5 | head -1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    record = read_last_record(tmp_path)
+    assert (done.returncode, record["status"]) == (141, "interrupted"), done.stderr
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
 def test_out_of_memory(tmp_path):
     """Less address space than a batch needs, as the stand-in for a small device."""
     done = subprocess.run(
