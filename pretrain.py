@@ -19,6 +19,7 @@ from typing import Literal
 from harness import environment
 
 if __name__ == "__main__":
+    environment.read_dotenv()
     environment.keep_memory()
 
 import vit  # noqa: E402

@@ -85,7 +85,7 @@ RECIPES = {
     # A ViT from scratch, https://arxiv.org/abs/2111.06377, appendix A.2
     "mae": f"""{STRONG} --learning-rate 0.0001 --learning-rate-batch 256 --batch-size 4096
         --weight-decay 0.3 --beta-2 0.95 --warmup-epochs 20 --ema 0.9999""",
-    "small": f"""{SMALL} --projection-dim 256 --transformer-layers 7 --num-heads 4 --mlp-ratio 2
+    "small": f"""{SMALL} --projection-dim 256 --transformer-layers 6 --num-heads 4 --mlp-ratio 2
         --drop-path 0.1 --policy trivial --learning-rate 0.001 --num-epochs 100
         --warmup-epochs 10""",
     "tiny": f"""{SMALL} --projection-dim 128 --transformer-layers 2 --num-heads 2 --mlp-ratio 1
@@ -317,9 +317,7 @@ def _accept_cpu(config):
 
 
 if __name__ == "__main__":  # --help and bad values end here, before the slow imports
-    from dotenv import find_dotenv, load_dotenv
-
-    load_dotenv(find_dotenv(usecwd=True))
+    environment.read_dotenv()
     if os.environ.get("VIT_EPOCHS"):  # a sweep's trial
         ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])

@@ -47,8 +47,8 @@ class Dataset(NamedTuple):
     x_test: np.ndarray
     y_test: np.ndarray
     label: str  # how a report calls it: "CIFAR-100" or "synthetic shapes (not CIFAR-100)"
-    fingerprint: str  # 16 hex digits of the sha256 over the six arrays, in the order above, or over
-    # paths, labels and how often each value occurs where the pictures are files
+    fingerprint: str  # 16 hex digits of the sha256 over the six arrays, in the order above; of a
+    # folder over paths within it, labels and how often each value occurs
     unreadable: int  # files that were left out
 
     def describe(self):
@@ -126,13 +126,20 @@ def load_dataset(
         raise DataError(f"validation_split: {validation_split} of {len(chosen)} leaves no training")
     splits, unreadable = [take(train, chosen[:kept]), validation, take(test, test_order)], 0
     digest = hashlib.sha256()
-    if name not in LABELS:
-        for images, _ in splits:
-            digest.update(images.paths)
-        splits, unreadable = read_pictures(splits, in_memory, max_unreadable)
-    for array in sum(splits, ()):
-        digest.update(array.counts if isinstance(array, Pictures) else array)
-    label = LABELS.get(name) or f"the folder {os.path.basename(os.path.abspath(name))}"
+    if name in LABELS:
+        label = LABELS[name]
+        for array in sum(splits, ()):
+            digest.update(array)
+    else:
+        label = f"the folder {os.path.basename(os.path.abspath(name))}"
+        splits, arrays, unreadable = read_pictures(splits, in_memory, max_unreadable)
+        for images, labels in splits:
+            paths = (os.path.relpath(path, os.fsencode(name)) for path in images.paths)
+            digest.update(b"\0".join(paths))
+            digest.update(labels)
+            digest.update(images.counts)
+        if in_memory:
+            splits = [(array, labels) for array, (_, labels) in zip(arrays, splits)]
     return Dataset(*sum(splits, ()), label, digest.hexdigest()[:16], unreadable)
 
 
@@ -208,13 +215,17 @@ def take(pictures, indices):
     images, labels = pictures
     if isinstance(images, Pictures):
         return Pictures(images.paths[indices], images.size), labels[indices]
-    shape = (len(indices), *images.shape[1:])
-    # JAX uses an array in host memory as it is where it begins at a multiple of 64 bytes.
-    memory = np.empty(math.prod(shape) + 64, np.uint8)
-    first = -memory.ctypes.data % 64
-    taken = memory[first : first + math.prod(shape)].reshape(shape)
+    taken = allocate((len(indices), *images.shape[1:]))
     np.take(images, indices, axis=0, out=taken, mode="clip")  # the others would copy once more
     return taken, labels[indices]
+
+
+def allocate(shape):
+    """An empty array of uint8, which JAX uses in host memory as it is, since it begins at a
+    multiple of 64 bytes."""
+    memory = np.empty(math.prod(shape) + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + math.prod(shape)].reshape(shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,8 +325,9 @@ def read_pictures(splits, in_memory, max_unreadable):
     """Decode every file of [(Pictures, labels), ...] once, before a long run meets a broken one.
 
     Returns:
-        the splits without the files that cannot be read, each of which is named on stderr, and how
-        many they are. Images are arrays where they shall be in memory, else Pictures with counts.
+        the splits without the files that cannot be read, each of which is named on stderr, and with
+        counts; the decoded pictures of each split, if they shall be in memory; how many files were
+        left out.
 
     Raises:
         DataError: more than max_unreadable, or all of a split; the arrays are too large.
@@ -336,10 +348,10 @@ def read_pictures(splits, in_memory, max_unreadable):
         except DataError as error:
             return None, None, str(error)
 
-    found, done, problems = [], 0, 0
+    found, decoded, done, problems = [], [], 0, 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter lock
         for images, labels in splits:
-            arrays = np.empty(images.shape if in_memory else 0, np.uint8)
+            array = allocate(images.shape if in_memory else (0,))
             counts, readable = np.zeros((3, 256), np.int64), []
             for row in range(len(images)):
                 if row % 1000 == 0:  # not all at once: a million of them would take a gigabyte
@@ -351,7 +363,7 @@ def read_pictures(splits, in_memory, max_unreadable):
                     print(line, end="\033[K\r", file=sys.stderr, flush=True)
                 if problem is None:
                     if in_memory:
-                        arrays[len(readable)] = image
+                        array[len(readable)] = image
                     counts += values
                     readable.append(row)
                     continue
@@ -362,11 +374,9 @@ def read_pictures(splits, in_memory, max_unreadable):
                 print(f"left out: {problem}", file=sys.stderr)
             if len(images) and not readable:
                 raise DataError(f"dataset: none of {len(images)} pictures of a split can be read")
-            kept = arrays[: len(readable)]
-            if not in_memory:
-                kept = Pictures(images.paths[readable], size, counts)
-            found.append((kept, labels[readable]))
-    return found, problems
+            found.append((Pictures(images.paths[readable], size, counts), labels[readable]))
+            decoded.append(array[: len(readable)])
+    return found, decoded, problems
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,6 +21,13 @@ TUNABLES = {  # https://sourceware.org/glibc/manual/latest/html_node/Memory-Allo
 CACHES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch": "TORCHINDUCTOR_CACHE_DIR"}
 
 
+def read_dotenv():
+    """Set the variables of .env, in this folder or one above, that are not set yet."""
+    from dotenv import find_dotenv, load_dotenv
+
+    load_dotenv(find_dotenv(usecwd=True))
+
+
 def keep_memory():
     """Start this process again with TUNABLES, once, and only where there is glibc: they must be
     there when a process starts. Whoever sets GLIBC_TUNABLES, to whatever, is left alone.

@@ -213,7 +213,7 @@ def train(peer, config, dataset, report):
     else:
         quality["best_epoch"] = config.num_epochs
         notes += [f"quality.val_{name}: there are no validation images" for name in METRICS]
-        notes.append("without validation images the last epoch's weights were tested")
+        notes.append("the last epoch's weights were tested")
     started = time.perf_counter()
     results = peer.evaluate(dataset.x_test, dataset.y_test)
     timing["evaluation_seconds"] = time.perf_counter() - started

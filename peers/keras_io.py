@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness import environment  # noqa: E402
 
 if __name__ == "__main__":
+    environment.read_dotenv()
     environment.keep_memory()
 
 import vit  # noqa: E402

@@ -61,7 +61,9 @@ def test_pictures_are_the_same_from_files_and_from_memory(folder):
     for of_files, of_arrays in zip(*(data.measure_pixels(d.x_train) for d in (files, arrays))):
         np.testing.assert_array_equal(of_files, of_arrays)
     other = load(folder, seed=1, in_memory=False)
-    assert files.fingerprint == load(folder, in_memory=False).fingerprint != other.fingerprint
+    elsewhere = shutil.copytree(folder, folder.parent / "elsewhere" / "pets")
+    again = load(elsewhere)
+    assert files.fingerprint == arrays.fingerprint == again.fingerprint != other.fingerprint
 
 
 def test_with_val_and_test_both_are_used(folder):

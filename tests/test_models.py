@@ -144,6 +144,30 @@ def test_every_choice_is_the_same_model_on_every_backend(tmp_path):
     assert len(different) == len(FLAGS)
 
 
+CONVOLUTION = """
+import json, keras, numpy as np, vit
+ops, images = keras.ops, np.random.default_rng(0).standard_normal((2, 8, 6, 5)).astype("float32")
+far = []
+for halve in (True, False):
+    layer = vit.Convolution(7, halve=halve)
+    layer.build(images.shape)
+    layer.bias.assign(np.linspace(-1, 1, 7))
+    x = ops.conv(images, layer.kernel, padding="same", data_format="channels_last") + layer.bias
+    if halve:
+        x = ops.max_pool(ops.relu(x), 2, data_format="channels_last")
+    far.append(float(ops.max(ops.abs(layer(images) - x))))
+sizes = [vit.create_vit_classifier(vit.parse_config(["--recipe", name])).count_params()
+         for name in ("tiny", "small")]
+print(json.dumps([far, sizes]))
+"""
+
+
+def test_convolution_is_keras_and_the_recipes_are_small(tmp_path, backend):
+    far, (tiny, small) = run_code(tmp_path, backend, CONVOLUTION)
+    assert max(far) < 1e-5
+    assert tiny <= 350_000 and small <= 4_000_000
+
+
 # ---- that they train ---------------------------------------------------------------------------
 
 STRONG = (

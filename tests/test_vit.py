@@ -256,11 +256,17 @@ def test_quiet(tmp_path):
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_without_validation_the_last_weights_are_tested(tmp_path):
-    done = run_vit(tmp_path, *SMALL, "--validation-split=0", "--trainer=fit", "--num-epochs=2")
+@pytest.mark.parametrize("flag", ["--validation-split=0", "--no-best-weights"])
+def test_the_last_weights_are_tested_and_kept(tmp_path, flag):
+    # A rate that grows to far too much: the last epoch is not the best.
+    flags = [*SMALL, flag, "--trainer=fit", "--num-epochs=2", "--schedule=cosine"]
+    flags += ["--learning-rate=0.001", "--final-learning-rate=1"]
+    done = run_vit(tmp_path, *flags)
     record = read_last_record(tmp_path)
     assert done.returncode == 0 and record["quality"]["best_epoch"] == 2
-    assert record["quality"]["test_accuracy"] is not None
+    assert "the last epoch's weights were tested" in record["notes"]
+    assert bool(record["quality"]["val_loss"]) == (flag == "--no-best-weights")
+    assert (tmp_path / "best.weights.h5").stat().st_size > 0
 
 
 def test_dotenv_is_read(tmp_path):
