@@ -154,7 +154,7 @@ for halve in (True, False):
     layer.bias.assign(np.linspace(-1, 1, 7))
     x = ops.conv(images, layer.kernel, padding="same", data_format="channels_last") + layer.bias
     if halve:
-        x = ops.max_pool(ops.relu(x), 2, data_format="channels_last")
+        x = ops.max_pool(ops.relu(x), 2, 2, data_format="channels_last")
     far.append(float(ops.max(ops.abs(layer(images) - x))))
 sizes = [vit.create_vit_classifier(vit.parse_config(["--recipe", name])).count_params()
          for name in ("tiny", "small")]
