@@ -49,6 +49,10 @@ class AverageWeights(keras.callbacks.Callback):
 
     is_average = False
 
+    def on_train_begin(self, logs=None):
+        # fit would end by putting the average into the model: there it is, and the weights not.
+        self.model.optimizer.finalize_variable_values = lambda weights: None
+
     def swap(self, is_average):
         if self.is_average != is_average:
             optimizer, self.is_average = self.model.optimizer, is_average

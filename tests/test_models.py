@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 from conftest import SMALL, only_line, read_last_record, run_code, run_vit
@@ -215,6 +216,28 @@ print(json.dumps(seen))
 def test_the_average_is_lent_for_validation(tmp_path, backend):
     plain, averaged = [[1, 2], [3, 4]], [[3, 4], [1, 2]]
     assert run_code(tmp_path, backend, AVERAGE) == [averaged, averaged, plain, averaged]
+
+
+def read_weights(path):
+    found = []
+    with h5py.File(path) as file:
+        file["layers"].visititems(lambda _, item: found.append(item))
+        return [item[()] for item in found if isinstance(item, h5py.Dataset)]
+
+
+def test_the_average_is_what_is_left_under_both_trainers(tmp_path, backend):
+    """The weights that are tested and kept, after the last epoch, without --best-weights."""
+    kept = []
+    for trainer in ("compiled", "fit"):
+        flags = ["--ema=0.9", "--no-best-weights", "--num-epochs=2", f"--trainer={trainer}"]
+        path = tmp_path / f"{trainer}.weights.h5"
+        flags += ["--no-augment", "--dropout=0", "--attention-dropout=0", "--head-dropout=0"]
+        done = run_vit(tmp_path, *SMALL, *flags, f"--checkpoint-path={path}", backend=backend)
+        assert done.returncode == 0, done.stderr
+        kept.append(read_weights(path))
+    assert len(kept[0]) == len(kept[1]) > 10
+    for compiled, fit in zip(*kept):
+        np.testing.assert_allclose(compiled, fit, rtol=1e-3, atol=2e-4)
 
 
 def test_the_schedule(tmp_path):

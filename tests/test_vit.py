@@ -53,7 +53,7 @@ def test_help_needs_no_keras(tmp_path, no_keras):
         (["--batch-size=0"], "--batch-size: expected above 0, got 0"),
         (["--validation-split=1.0"], "expected at least 0 and below 1, got 1.0"),
         (["--learning-rate=nan"], "--learning-rate: expected above 0, got nan"),
-        (["--num-classes=1"], "--num-classes: expected 2 to 100, got 1"),
+        (["--num-classes=1"], "--num-classes: expected 2 or more, got 1"),
         (["--transformer-units", "64", "32"], "expected the last to be --projection-dim 64"),
         (["--checkpoint-path=x.h5"], "expected a name ending in .weights.h5, got x.h5"),
         (["--train-images=100"], "--batch-size: expected at most the 90 images"),
