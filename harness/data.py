@@ -169,8 +169,9 @@ def epoch_order(n, seed, epoch):
 
 def measure_pixels(images):
     """(mean, variance) of uint8 images (n, height, width, channels): float64 (channels,) each."""
-    files = getattr(images, "images", images)  # what a loader's stream is made of
-    counts = files.counts if isinstance(files, Pictures) else count_values(images)
+    counts = getattr(images, "counts", None)  # which pictures in files have brought along
+    if counts is None:
+        counts = count_values(images)
     values, n = np.arange(256), counts[0].sum()
     mean = counts @ values / n
     return mean, counts @ values**2 / n - mean**2

@@ -71,9 +71,10 @@ class Convolution(layers.Layer):
     """A 3x3 convolution of images (batch, height, width, channels) to (batch, height, width,
     filters); where it halves them, the largest of each 2x2 pixels after a ReLU.
 
-    One matrix product over each pixel's neighbourhood, since on a CPU XLA's own gradients of
-    convolution and pooling are several times slower. The largest pixel is found before bias and
-    ReLU, which keep the order, and by `maximum`: the gradient of `max` costs half the layer's time.
+    One matrix product over each pixel's neighbourhood: on a CPU XLA's own convolution and pooling
+    take more than twice as long, gradients included. The largest pixel is found before bias and
+    ReLU, which keep the order, and by `maximum`: on PyTorch's CPU the gradient of `max`, which
+    counts ties, would be most of the layer's time.
     """
 
     def __init__(self, filters, halve=True, **kwargs):

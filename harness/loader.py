@@ -47,7 +47,7 @@ class Loader:
         batch_size: images at once.
         workers: processes; with 0 this one does the work.
         prefetch: batches that each worker makes in advance.
-        pin: whether batches lie in page-locked memory, from which a GPU takes them without a copy.
+        pin: whether batches lie in page-locked memory: their way to a GPU keeps nobody waiting.
 
     Raises:
         SharedMemoryError.
@@ -97,7 +97,7 @@ class Stream:
 
     def __init__(self, loader, images, first):
         self.loader, self.images, self.first = loader, images, int(first)
-        self.shape = images.shape
+        self.shape, self.counts = images.shape, getattr(images, "counts", None)
 
     def __len__(self):
         return len(self.images)
