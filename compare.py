@@ -107,6 +107,7 @@ class CompareConfig:
     dry_run: bool = False  # print the commands in their order
     launcher: str = ""  # stands before each command; {image} is jax, pytorch or tensorflow
     script: str = "vit.py"  # what backends run, e.g. another checkout's vit.py
+    parity: bool = True  # first see by parity.py whether the backends compute the same
     target_accuracy: float | None = None  # report the time to this validation accuracy, 0 to 1
     report: Path | None = None  # folder for report.html, .md, .csv, .svg and .png
     wandb: bool = False  # upload the report to Weights & Biases
@@ -324,6 +325,41 @@ def measure(plan, path, config, console):
         seconds = f"{durations[run['label']][-1]:.0f} s, {left:.0f} s left"
         console.print(f"{run['label']} {run['repeat']}/{config.repeats}: {outcome}, {seconds}")
     return True
+
+
+def take_flag(words, name):
+    """(value of the last --name, the other words); None where it is not among them"""
+    value, rest, words = None, [], list(words)
+    while words:
+        flag, equals, given = words.pop(0).partition("=")
+        if flag == name:
+            value = given if equals else "".join(words[:1])
+            words = words if equals else words[1:]
+        else:
+            rest.append(flag + equals + given)
+    return value, rest
+
+
+def check_parity(entries, config, work, path, comparison):
+    """Has parity.py compare the backends among the entries; its record joins the runs'. Where it
+    could not, a record says so. Raises KeyboardInterrupt"""
+    names = {entry["name"] for entry in entries}
+    backends, record_id = sorted(names & {"jax", "torch"}), f"{comparison}-parity"
+    is_done = any(item["id"] == record_id for item in load(path, new=True)[0])
+    if not config.parity or config.script != "vit.py" or len(backends) < 2 or is_done:
+        return
+    precision, flags = take_flag(work, "--precision")
+    command = [sys.executable, str(ROOT / "parity.py"), "--backends", *backends]
+    command += ["--precision", precision or "float32", "--results-path", str(path)]
+    command += ["--launcher", config.launcher, "--no-verbose", "--", *flags]
+    returncode, last_line, interrupted = run_child(command, record_id, config.verbose)
+    if interrupted:
+        raise KeyboardInterrupt
+    if returncode not in (0, 1) or not any(i["id"] == record_id for i in load(path, new=True)[0]):
+        error = last_line or f"parity.py ended with exit code {returncode}"
+        record = create_record("parity", id=record_id, error=error, argv=command)
+        record["notes"] = ["backend: parity was not checked", "precision: likewise"]
+        append_record(path, record)
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -618,6 +654,9 @@ def create_report(found, config, warnings=()):
     lines = [{"lines": [text]} for _, text in report["break_even"]]
     rows.insert(4, {"key": "", "title": "break-even with the reference", "cells": lines})
     fairness, deliberate, unequal = check_fairness(entries, reference)
+    report["parity"], is_broken = describe_parity(found)
+    fairness += [report["parity"]] if is_broken else []
+    unequal += ["what they compute"] if is_broken else []
     report |= {"rows": rows, "deliberate": deliberate, "unequal": unequal}
     report["footnotes"] = list(footnotes)
     report["warnings"] = [*warnings, *fairness, *collect_notes(entries)]
@@ -643,6 +682,17 @@ def create_report(found, config, warnings=()):
     )
     report["sentence"] = write_sentence(report)
     return report
+
+
+def describe_parity(found):
+    """(what parity.py has found, whether that is a difference), by the newest of its records"""
+    items = sorted((r for r in found if r["kind"] == "parity"), key=lambda item: item["started"])
+    if not items:
+        return "parity: not checked", False
+    if items[-1]["status"] != "ok":
+        return f"parity: not checked: {items[-1]['error']}", False
+    quality = items[-1]["quality"]
+    return f"parity: {quality.get('sentence')}", quality.get("is_same") is False
 
 
 def describe_break_even(report):
@@ -751,6 +801,7 @@ def print_report(report, console):
             table.add_row(row["title"], *cells)
         console.print(table)
     console.print(report["legend"])
+    console.print(report["parity"])
     for number, reason in enumerate(report["footnotes"], 1):
         console.print(f"({number}) {reason}")
     for line in report["failed"]:
@@ -962,6 +1013,7 @@ def run_comparison(config, work, console):
     if config.dry_run:
         print("\n".join(shlex.join(run["command"]) for run in plan))
         return 0
+    check_parity(entries, config, work or DEFAULT_WORK, path, comparison)
     if not measure(plan, path, config, console):
         return 130
     return 1 if report_on([path], config, console, comparison)["failed"] else 0

@@ -43,6 +43,7 @@ from harness.cli import (
     check_writable,
     choose_micro_batch,
     fail,
+    list_flags,
     parse,
     refuse,
 )
@@ -306,11 +307,11 @@ def _set_backend_from_env_or_cli(argv):
     environment.set_variables()
 
 
-def _accept_cpu(config):
+def _accept_cpu(is_allowed):
     """There is no GPU: end the process with exit code 2 in an image that is made for one, unless
     the user said to go on."""
     if os.environ.get("VIT_EXPECT_GPU") == "1":
-        if not config.allow_cpu and os.environ.get("JAX_PLATFORMS") != "cpu":
+        if not is_allowed and os.environ.get("JAX_PLATFORMS") != "cpu":
             remedy = "docker run --gpus all (on a Jetson --runtime nvidia), or --allow-cpu"
             fail(f"expected a GPU, for which this image is made, got none: {remedy}")
         os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX looks for it and prints a traceback
@@ -324,11 +325,13 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
     CONFIG = parse_config(sys.argv[1:])
     environment.keep_memory()
     if not environment.has_cuda():
-        _accept_cpu(CONFIG)
+        _accept_cpu(CONFIG.allow_cpu)
         if CONFIG.keras_backend == "torch":
             environment.precompile_header()
 else:  # imported, by another command with its own flags or by a test
     _set_backend_from_env_or_cli(sys.argv[1:])
+    if not environment.has_cuda():
+        _accept_cpu("allow-cpu" in list_flags(sys.argv[1:]))
 
 _import_started = time.perf_counter()
 with environment.hide("matplotlib"):  # for Keras' own plots: half a second of each start
@@ -353,6 +356,7 @@ from harness.weights import load_encoder_weights  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _import_started
 IMPORT_BYTES = telemetry.host_rss_bytes()
+keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
 
 # ---------------------------------------------------------------------------------------------
 # The model
@@ -880,7 +884,7 @@ def start_wandb(config):
         fail(error)
 
 
-def finish_wandb(run, report, exit_code):
+def finish_wandb(run, report):
     """Log the test results and figures under their names on the dashboard, add the record as an
     artifact, and close the run."""
     timing, memory, quality = report["timing"], report["memory"], report["quality"]
@@ -900,11 +904,76 @@ def finish_wandb(run, report, exit_code):
     with tracking.forgiving("the record was not added"):
         tracking.log_files(run, "record", {"record.json": record.dump_record(report)})
     with tracking.forgiving("it did not close"):
-        run.finish(exit_code=exit_code)
+        run.finish(exit_code=int(report["status"] != "ok"))
 
 
 # ---------------------------------------------------------------------------------------------
 # Main
+
+
+def settle_device(config, compiles=True):
+    """Choose device and precision. Returns what matrix products will run in; ends the process with
+    exit code 2 where one of them, or what PyTorch `compiles` with, is not to be had."""
+    compiler = os.environ.get("CXX") or "g++"
+    if engine.BACKEND == "torch" and compiles and shutil.which(compiler) is None:
+        advice = ", or --trainer fit" if hasattr(config, "trainer") else ""
+        fail(f"PyTorch compiles with {compiler}, which is not here: install it{advice}")
+    if not engine.on_gpu():
+        _accept_cpu(config.allow_cpu)
+    MultiHeadAttention.trains_fused = engine.on_gpu()
+    try:
+        return engine.set_precision(config.precision)
+    except ValueError as error:
+        fail(error)
+
+
+def begin_record(kind, choices, machine, precision, subject=None):
+    """A record with all that is known before a run; the arguments are those of `main`, of
+    `record.begin_record` and what `settle_device` gives."""
+    report = record.begin_record(
+        kind,
+        config=choices,
+        backend=subject or keras.backend.backend(),
+        precision=precision,
+        machine=machine,
+        gpu_name=engine.gpu_name(),
+        versions=telemetry.read_versions(keras.backend.backend()),
+        git=telemetry.read_git(Path(__file__).parent),
+    )
+    report["timing"]["import_seconds"] = IMPORT_SECONDS
+    report["memory"]["host_import_bytes"] = IMPORT_BYTES
+    return report
+
+
+def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=False):
+    """Call `run`, complete its record `report` however that ends, and append it to `path`.
+
+    Args:
+        machine: what telemetry.describe_machine told before.
+        remedy: what to do where the memory did not suffice.
+        is_shown: whether a summary is printed.
+
+    Returns:
+        the exit code.
+    """
+    cached = environment.count_compiled(engine.BACKEND, is_compiled)
+    status, error, exit_code = ending.run_to_end(run, remedy)
+    device_peak, matmul = engine.device_peak_bytes(), (None, None)
+    if status == "ok":
+        matmul = measure_matmul(engine.create_matmul, engine.synchronize, report["device"]["kind"])
+    record.finish_record(
+        report,
+        status,
+        error,
+        matmul=matmul,
+        compiled_files=(cached, environment.count_compiled(engine.BACKEND, is_compiled)),
+        device_peak=device_peak,
+        host_peak_bytes=telemetry.host_peak_bytes(),
+        total_seconds=time.perf_counter() - PROCESS_STARTED,
+        warnings=telemetry.compare_conditions(machine, telemetry.read_conditions()),
+    )
+    is_written = record.deliver_record(path, report, is_shown)
+    return exit_code or (0 if is_written else ending.NOT_WRITTEN)
 
 
 def main(config, subject=None, kind="train", experiment=run_experiment):
@@ -915,65 +984,31 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         kind, experiment: of the record, and what is done, where that is not `run_experiment`.
     """
     check_writable(results_path=config.results_path, checkpoint_path=config.checkpoint_path)
-    if engine.BACKEND == "torch" and is_compiled(config):
-        compiler = os.environ.get("CXX") or "g++"
-        if shutil.which(compiler) is None:
-            fail(
-                f"PyTorch compiles with {compiler}, which is not here: install it, or --trainer fit"
-            )
     if config.loader == "torch" and importlib.util.find_spec("torch") is None:
         fail("--loader torch: expected PyTorch, which is not installed: pip install '.[torch]'")
     machine = telemetry.describe_machine()  # before the backend touches the GPU
-    if not engine.on_gpu():
-        _accept_cpu(config)
-    MultiHeadAttention.trains_fused = engine.on_gpu()
-    try:
-        precision = engine.set_precision(config.precision)
-    except ValueError as error:
-        fail(error)
+    precision = settle_device(config, is_compiled(config))
     if is_compiled(config):
         choose_micro_batch(config, is_on_gpu=engine.on_gpu())
     elif config.micro_batch_size not in (None, config.batch_size):
         fail("--micro-batch-size: expected none, since Keras' fit trains on whole batches")
     run = start_wandb(config) if config.use_wandb else None
-    report = record.begin_record(
-        kind,
-        config=dataclasses.asdict(config),
-        backend=subject or keras.backend.backend(),
-        precision=precision,
-        machine=machine,
-        gpu_name=engine.gpu_name(),
-        versions=telemetry.read_versions(keras.backend.backend()),
-        git=telemetry.read_git(Path(__file__).parent),
-    )
-    report["timing"]["import_seconds"] = IMPORT_SECONDS
-    report["memory"]["host_import_bytes"] = IMPORT_BYTES
+    report = begin_record(kind, dataclasses.asdict(config), machine, precision, subject)
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
-    cached = environment.count_compiled(engine.BACKEND, is_compiled(config))
-    status, error, exit_code = ending.run_to_end(
+    exit_code = run_recorded(
         lambda: experiment(config, load_pictures(config, report, runner), report, run),
-        f"lower --micro-batch-size {config.micro_batch_size}"
+        report,
+        config.results_path,
+        machine,
+        remedy=f"lower --micro-batch-size {config.micro_batch_size}"
         if is_compiled(config)
         else f"lower --batch-size {config.batch_size}",
+        is_compiled=is_compiled(config),
+        is_shown=config.verbose,
     )
-    device_peak, matmul = engine.device_peak_bytes(), (None, None)
-    if status == "ok":
-        matmul = measure_matmul(engine.create_matmul, engine.synchronize, report["device"]["kind"])
-    record.finish_record(
-        report,
-        status,
-        error,
-        matmul=matmul,
-        compiled_files=(cached, environment.count_compiled(engine.BACKEND, is_compiled(config))),
-        device_peak=device_peak,
-        host_peak_bytes=telemetry.host_peak_bytes(),
-        total_seconds=time.perf_counter() - PROCESS_STARTED,
-        warnings=telemetry.compare_conditions(machine, telemetry.read_conditions()),
-    )
-    is_written = record.deliver_record(config.results_path, report, config.verbose)
     if run is not None:
-        finish_wandb(run, report, exit_code)
-    return exit_code or (0 if is_written else ending.NOT_WRITTEN)
+        finish_wandb(run, report)
+    return exit_code
 
 
 if __name__ == "__main__":

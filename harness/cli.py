@@ -56,6 +56,8 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
 class ConfigError(Exception):
     """An impossible value, in one line: expected and got. (tyro would frame a ValueError.)"""
 
+    ending = ("error", 2)  # status and exit code
+
 
 def fail(message, code=2):
     """End the process with one line on stderr and an exit code."""

@@ -93,6 +93,22 @@ def synchronize():
         tf.test.experimental.sync_devices()
 
 
+def place(array):
+    """Put a NumPy array on the device, and wait until it is there."""
+    if BACKEND == "jax":
+        return wait(jax.device_put(array))
+    return wait(keras.ops.convert_to_tensor(array))
+
+
+def wait(array):
+    """Wait until a device's array is computed; returns it."""
+    if BACKEND == "jax":
+        return jax.block_until_ready(array)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return array
+
+
 def device_peak_bytes():
     """The allocator's peak on the GPU since the process began.
 
@@ -171,8 +187,12 @@ def compile_function(function):
     return lambda *given: function(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
 
 
-def compile_forward(model):
-    """Compile inference: a function from a batch of pixels, NumPy or device, to device logits."""
+def compile_forward(model, is_frozen=False):
+    """Compile inference: a function from a batch of pixels, NumPy or device, to device logits.
+
+    is_frozen: the weights stay as they are when a batch size comes for the first time. On PyTorch
+        what is made of weights alone, such as kernels in its own layout, is then made once.
+    """
     if BACKEND == "jax":
         forward = jax.jit(lambda *state_and_x: model.stateless_call(*state_and_x)[0])
         return lambda x: forward(
@@ -187,7 +207,10 @@ def compile_forward(model):
         x = keras.ops.convert_to_tensor(x)
         if x.shape not in compiled:
             compiled[x.shape] = _compile_torch(
-                lambda state, x: [model.stateless_call(*state, x)[0]], _torch_weights(model), x
+                lambda state, x: [model.stateless_call(*state, x)[0]],
+                _torch_weights(model),
+                x,
+                freeze=is_frozen,
             )
         return compiled[x.shape](_torch_weights(model), x)[0]
 
@@ -400,7 +423,7 @@ def _torch_weights(model):
     )
 
 
-def _compile_torch(function, *arguments):
+def _compile_torch(function, *arguments, freeze=False):
     """Trace a function of tensors once to ATen operations, and compile these with inductor.
 
     No dynamo: there is no Python left to follow, no graph breaks, no guards, no recompilation; and
@@ -409,6 +432,7 @@ def _compile_torch(function, *arguments):
     Args:
         function: from nested lists of tensors to a flat sequence of tensors.
         arguments: an example of what it will be called with.
+        freeze: whether all but the last argument, a tensor, will be what it is now.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -419,6 +443,9 @@ def _compile_torch(function, *arguments):
         return tuple(function(*tree_unflatten(leaves, structure)))
 
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
+    if freeze:
+        graph, constants = _evaluate_constants(graph, leaves[:-1])
+        leaves = [*constants, leaves[-1]]
     if hasattr(torch._inductor, "standalone_compile"):
         compiled = torch._inductor.standalone_compile(
             graph, leaves, dynamic_shapes="from_example_inputs"
@@ -426,7 +453,43 @@ def _compile_torch(function, *arguments):
     else:  # before 2.8, such as a Jetson's
         compiled = torch._inductor.compile(graph, leaves)
     _return_memory()
+    if freeze:
+        return lambda *arguments: compiled(*constants, arguments[-1])
     return lambda *arguments: compiled(*tree_leaves(arguments))
+
+
+def _evaluate_constants(graph, known):
+    """Split a traced graph into what depends on its first inputs alone and the rest.
+
+    Args:
+        graph: torch.fx.GraphModule of ATen operations that change none of their inputs.
+        known: tensors, the first inputs.
+
+    Returns:
+        (graph, constants): the rest, whose first inputs are the constants, then those not known.
+    """
+    values, rest, copies = {}, torch.fx.Graph(), {}
+    nodes, known = list(graph.graph.nodes), iter(known)
+    for node in nodes:
+        if node.op == "placeholder":
+            if (value := next(known, None)) is not None:
+                values[node] = value
+        elif node.op == "get_attr":
+            values[node] = getattr(graph, node.target)
+        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+            given = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*given[0], **given[1])
+    needed = [node for node in values if any(user not in values for user in node.users)]
+    for node in needed:
+        copies[node] = rest.placeholder(node.name)
+        if any(user.target is torch.ops.aten.convolution.default for user in node.users):
+            # Keras' kernels are turned by a view, whose memory each call would put in order.
+            form = torch.channels_last if values[node].dim() == 4 else torch.contiguous_format
+            values[node] = values[node].contiguous(memory_format=form)
+    for node in nodes:
+        if node not in values:
+            copies[node] = rest.node_copy(node, copies.__getitem__)
+    return torch.fx.GraphModule(graph, rest), [values[node] for node in needed]
 
 
 def _return_memory():
@@ -517,12 +580,19 @@ def count_flops(model):
     multiply-accumulate; norms, activations and softmax (under 1 % of a ViT) are left out.
 
     Computed from the layers' kernels and shapes, so that every backend counts the same. A kernel
-    is used once per input position; attention multiplies (queries, keys) and (scores, values).
+    is used once per input position, one of Keras' convolutions once per output position; attention
+    multiplies (queries, keys) and (scores, values).
     """
     flops = 0
     for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            flops += count_flops(layer)
+            continue
         inputs = keras.tree.flatten(layer.input)  # none of an input layer
         positions = math.prod(inputs[0].shape[1:-1]) if inputs else 0  # those of its parts, too
+        if hasattr(layer, "kernel") and hasattr(layer, "data_format"):
+            is_first = layer.data_format == "channels_first"
+            positions = math.prod(layer.output.shape[2:] if is_first else layer.output.shape[1:-1])
         for part in layer._flatten_layers():
             if hasattr(part, "kernel"):
                 flops += 2 * positions * math.prod(part.kernel.shape)

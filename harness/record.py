@@ -66,6 +66,17 @@ MEASURED = {  # kind of record: its groups, and what a run may find out for each
         ),
     },
 }
+MEASURED["latency"] = {
+    "model": ("parameters", "flops_per_image", "input_shape"),
+    "timing": (
+        *("import_seconds", "build_seconds", "compile_seconds", "compile_cache"),
+        *("iteration_seconds", "p50_seconds", "p90_seconds", "p95_seconds", "p99_seconds"),
+        *("mean_seconds", "std_seconds", "copy_seconds", "images_per_second"),
+        *("matmul_flops_per_second", "mfu", "total_seconds"),
+    ),
+    "memory": MEASURED["train"]["memory"],
+    "energy": MEASURED["train"]["energy"],
+}
 MEASURED["pretrain"] = {  # the same, but that nothing is classified
     **MEASURED["train"],
     "timing": tuple(name for name in MEASURED["train"]["timing"] if name != "evaluation_seconds"),
@@ -141,8 +152,8 @@ def finish_record(
 
     Args:
         matmul: (operations a second that the device attains in a large matrix product, None), or
-            (None, why not). A training step counts as three forward passes (Chowdhery et al.
-            2022, PaLM, appendix B: model FLOPs utilisation).
+            (None, why not). Where a model was trained, a step counts as three forward passes
+            (Chowdhery et al. 2022, PaLM, appendix B: model FLOPs utilisation).
         compiled_files: how many the compilation cache held before and after the run.
         device_peak: (bytes, source), or (None, why not).
         warnings: what disturbed the run.
@@ -161,13 +172,14 @@ def finish_record(
     else:
         memory["device_peak_source"] = told
     timing["total_seconds"] = total_seconds
-    rate = timing["train_images_per_second"]
+    is_served = record["kind"] == "latency"
+    passes, name = (1, "images_per_second") if is_served else (3, "train_images_per_second")
+    rate, flops = timing[name], record["model"]["flops_per_image"]
     timing["matmul_flops_per_second"], reason = matmul
-    if rate and timing["matmul_flops_per_second"]:
-        used = 3 * record["model"]["flops_per_image"] * rate
-        timing["mfu"] = used / timing["matmul_flops_per_second"]
+    if rate and flops and timing["matmul_flops_per_second"]:
+        timing["mfu"] = passes * flops * rate / timing["matmul_flops_per_second"]
     elif status == "ok":
-        notes.append(f"timing.mfu: {reason or 'the training speed is not known'}")
+        notes.append(f"timing.mfu: {reason or 'speed or operations are not known'}")
     if reason:
         notes.append(f"timing.matmul_flops_per_second: {reason}")
     notes += warnings

@@ -340,6 +340,39 @@ def test_records_by_hand_are_told_apart_by_what_differs():
     assert "batch_size" in report["deliberate"][0]
 
 
+def add_parity(items, **changes):
+    record = records.create_record("parity", status="ok", backend="jax, torch", precision="float32")
+    return [*items, record | changes]
+
+
+def test_the_report_carries_the_line_of_parity(bench):
+    assert report_on(pair_up())["parity"] == "parity: not checked"
+    quality = {"is_same": True, "sentence": "jax and torch compute the same"}
+    report = report_on(add_parity(pair_up(), quality=quality))
+    assert report["parity"] == "parity: jax and torch compute the same"
+    assert not report["warnings"] and "unequal" not in report["sentence"]
+    compare.write_report(report, bench / "out")
+    for form in ("md", "html"):
+        assert report["parity"] in (bench / f"out/report.{form}").read_text()
+
+
+def test_a_difference_between_those_that_compute_differently_is_no_result():
+    quality = {"is_same": False, "sentence": "torch against jax: not the same: logits differ"}
+    report = report_on(add_parity(pair_up(), quality=quality))
+    assert "parity: torch against jax: not the same: logits differ" in report["warnings"]
+    assert report["sentence"].endswith("; but unequal: what they compute")
+    failed = {"status": "error", "error": "no g++"}
+    report = report_on(add_parity(pair_up(), **failed))
+    assert report["parity"] == "parity: not checked: no g++" and not report["warnings"]
+
+
+def test_a_flag_is_taken_out_of_words():
+    words = ["--a=1", "--precision", "bfloat16", "--b", "2"]
+    assert compare.take_flag(words, "--precision") == ("bfloat16", ["--a=1", "--b", "2"])
+    assert compare.take_flag(["--precision=tf32"], "--precision") == ("tf32", [])
+    assert compare.take_flag(["--b", "2"], "--precision") == (None, ["--b", "2"])
+
+
 def test_two_machines_side_by_side(bench, capsys):
     ours = write_file(bench / "a.jsonl", pair_up())
     theirs = pair_up(2, device__node_name="orin")[1::2]

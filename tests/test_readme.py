@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, SMALL, child_environment
 
+MODEL = SMALL[[flag.partition("=")[0] for flag in SMALL].index("--image-size") :]
+
 TEXT = (ROOT / "README.md").read_text()
 LINES = [
     line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.split("\n")
@@ -40,6 +42,16 @@ def test_python_commands(command, tmp_path):
     elif script == "vit.py":
         words += [*small, "--warmup-epochs=0", "--drop-path=0", "--trainer=fit"]
         words += ["--loader=resident"]  # fit has no other
+    elif script == "latency.py":  # few iterations of a small model
+        split = words.index("--") if "--" in words else len(words)
+        quick = ["--model=vit", "--iterations=2", "--warmup=0", "--seconds=0.5"]
+        model = [] if "--list-models" in words else ["--", *words[split + 1 :], *MODEL]
+        words = [*words[:split], *quick, "--batch-sizes", "1", *model]
+    elif script == "parity.py":  # one backend's half
+        words[2:2] = ["--observed=jax.npz"]
+        split = words.index("--") if "--" in words else len(words)
+        model = ["--", *words[split + 1 :], *MODEL]
+        words = [*words[:split], "--backends", "jax", *model]
     elif any(word.endswith(".jsonl") for word in words):  # a report on records that are here
         words = [str(ROOT / word) if word.startswith("results/") else word for word in words]
     elif script == "sweep.py":  # the study is opened, and no trial begun

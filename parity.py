@@ -1,0 +1,399 @@
+"""Do the backends compute the same? Equal weights and equal bytes, a process for each backend.
+
+    python parity.py                                   JAX and PyTorch, the default model
+    python parity.py --precision bfloat16 -- --recipe tiny
+    python parity.py --model resnet50
+    python parity.py --backends jax --observed jax.npz     in one container, and then
+    python parity.py --backends torch --equal jax.npz --observed torch.npz    in another, and then
+    python parity.py --files jax.npz torch.npz
+
+What stands after `--` are vit.py's flags of a model. The first backend draws weights, pixels and
+labels; the others take them from its file. Compared are
+
+    layers      each layer's output at inference, uncompiled: largest difference over largest value
+    logits      those of the compiled model, likewise
+    loss        of a training step, dropout included: relative difference
+    gradients   of each weight: norm of the difference over the norm of all gradients together (a
+                key's bias has a gradient of 0, which is noise on either side)
+    steps       the running loss after each of --steps training steps: relative difference. AdamW
+                divides by gradients, near 0 by noise: only the first three steps are judged
+
+The tolerances are those of TOLERANCES, by precision. Where one is exceeded, the first layer that
+does so is named, in the order of the model, and the weight whose gradients differ most.
+Exit codes: 0 the same within tolerance; 1 not; 2 bad input; otherwise that of a backend's process.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import uuid
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from harness import environment, record, telemetry
+from harness.cli import check_writable, fail, list_flags, parse, refuse
+
+BACKENDS = {"jax": "jax", "torch": "pytorch"}  # and {image} of the launcher
+# What rounding may do, with some room; by how much it did is in results/README.md.
+TOLERANCES = {
+    "float32": {"layers": 2e-5, "logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "steps": 1e-4},
+    "tf32": {"layers": 1e-2, "logits": 1e-2, "loss": 1e-3, "gradients": 1e-2, "steps": 1e-2},
+    "float16": {"layers": 1e-2, "logits": 1e-2, "loss": 1e-3, "gradients": 1e-2, "steps": 1e-2},
+    "bfloat16": {"layers": 8e-2, "logits": 5e-2, "loss": 1e-2, "gradients": 5e-2, "steps": 5e-2},
+}
+JUDGED_STEPS = 3
+
+
+@dataclass
+class ParityConfig:
+    """Every choice but those of the model vit. Impossible values raise ConfigError."""
+
+    backends: tuple[str, ...] = ("jax", "torch")  # the first is what the others are compared with
+    files: tuple[Path, ...] = ()  # compare these, computed elsewhere by --observed
+    observed: Path | None = None  # write what one backend computes, and compare nothing
+    equal: Path | None = None  # take weights, pixels and labels from such a file
+    model: str = "vit"  # see latency.py --list-models; or a file, PATH.keras
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
+    batch_size: int = 4
+    steps: int = 5  # of training
+    seed: int = 0  # of pixels and labels
+    launcher: str = ""  # stands before each command; {image} is jax or pytorch
+    allow_cpu: bool = False  # go on without a GPU in an image that is made for one
+    results_path: Path = Path("results.jsonl")  # the record is appended here
+    node_name: str = field(default_factory=platform.node)
+    verbose: bool = True  # a table
+
+    def __post_init__(self):
+        unknown = [name for name in self.backends if name not in BACKENDS]
+        refuse(
+            (unknown, f"--backends: expected jax and torch, got {' '.join(unknown)}"),
+            (
+                len(set(self.backends)) < (1 if self.observed else 2),
+                f"--backends: expected two, got {' '.join(self.backends) or 'none'}",
+            ),
+            (
+                self.observed and len(self.backends) > 1,
+                "--observed: expected one of --backends, got more",
+            ),
+            (self.equal and not self.observed, "--equal: expected --observed, too"),
+            (len(self.files) == 1, "--files: expected two or more, got one"),
+            (self.batch_size < 2, f"--batch-size: expected 2 or more, got {self.batch_size}"),
+            (self.steps < 1, f"--steps: expected 1 or more, got {self.steps}"),
+        )
+
+
+def parse_words(argv):
+    """(ParityConfig, its flags, vit.py's flags) from a command line; ends the process on --help
+    and on errors."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    flags, model_flags = argv[:split], argv[split + 1 :]
+    config = parse(ParityConfig, flags, __doc__.split("\n\n")[0])
+    if misplaced := sorted(list_flags(model_flags) & {"precision", "results-path"}):
+        fail(f"--{misplaced[0]}: expected before --")
+    return config, flags, model_flags
+
+
+# ---------------------------------------------------------------------------------------------
+# What two backends computed
+
+
+class Unreadable(Exception):
+    """A file that is none of --observed; the message is one line."""
+
+    ending = ("error", 2)  # status and exit code
+
+
+def read_observed(path):
+    """(facts, {name: array}) of a file of --observed. Raises Unreadable."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        return json.loads(str(arrays.pop("facts"))), arrays
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise Unreadable(f"{path}: expected a file of --observed: {error}") from error
+
+
+def compare(ours, theirs, tolerances):
+    """Rows of a table: {what, observed, tolerance, where}, `observed` being the largest.
+
+    Args:
+        ours, theirs: {name: array} of two files.
+
+    Raises:
+        Unreadable: they do not hold the same names and shapes.
+    """
+    shapes = [{name: array.shape for name, array in arrays.items()} for arrays in (ours, theirs)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        pair = [found.get(name) for found in shapes]
+        if pair[0] != pair[1]:
+            raise Unreadable(f"expected one model in all files, got {name} of shapes {pair}")
+    for name in ("pixels", "labels", *(n for n in ours if n.startswith("weights/"))):
+        if not np.array_equal(ours[name], theirs[name]):
+            raise Unreadable(f"expected equal {name} in all files, see --equal")
+
+    def among(group, measure):
+        names = [name for name in ours if name.startswith(f"{group}/")]
+        found = {name.partition("/")[2]: measure(name) for name in names}
+        beyond = [name for name, value in found.items() if not value <= tolerances[group]]
+        where = beyond[0] if beyond and group == "layers" else max(found, key=found.get)
+        return {"what": group, "observed": max(found.values()), "where": where}
+
+    def over_largest(name):
+        largest = np.abs(ours[name]).max(initial=0)
+        difference = np.abs(ours[name] - theirs[name]).max(initial=0)
+        return float(difference / largest) if largest else float(difference)
+
+    total = np.sqrt(sum(np.square(a).sum(dtype="f8") for n, a in ours.items() if n[:4] == "grad"))
+    steps = np.abs(theirs["steps"] - ours["steps"]) / np.abs(ours["steps"])
+    drift = ", ".join(f"{value:.0e}" for value in steps)
+    rows = [
+        among("layers", over_largest),
+        {"what": "logits", "observed": over_largest("logits"), "where": ""},
+        {"what": "loss", "observed": over_largest("loss"), "where": ""},
+        among("gradients", lambda name: float(np.linalg.norm(ours[name] - theirs[name]) / total)),
+        {"what": "steps", "observed": float(steps[:JUDGED_STEPS].max()), "where": drift},
+    ]
+    return [{**row, "tolerance": tolerances[row["what"]]} for row in rows]
+
+
+def judge(files, config):
+    """Compare files of --observed, show a table, append a record. Returns the exit code."""
+    facts, arrays = zip(*(read_observed(path) for path in files))
+    first, precision = facts[0], facts[0]["precision"]
+    tolerances, rows = TOLERANCES[precision], []
+    names = [fact["backend"] for fact in facts]
+    for fact, others in zip(facts[1:], arrays[1:]):
+        if fact["precision"] != precision:
+            raise Unreadable(f"expected one precision, got {precision} and {fact['precision']}")
+        pair = f"{fact['backend']} against {first['backend']}"
+        rows += [{"pair": pair, **row} for row in compare(arrays[0], others, tolerances)]
+    # `not <=` also catches what is no number.
+    broken = [row for row in rows if not row["observed"] <= row["tolerance"]]
+    sentence = f"{' and '.join(names)} compute the same within {precision}'s rounding"
+    if broken:
+        row = broken[0]
+        where = f", first in {row['where']}" if row["what"] == "layers" else ""
+        sentence = (
+            f"{row['pair']}: not the same: {row['what']} differ by {row['observed']:.1e}, "
+            f"tolerated are {row['tolerance']:.0e}{where}"
+        )
+    versions = {key: value for fact in reversed(facts) for key, value in fact["versions"].items()}
+    git = telemetry.read_git(Path(__file__).parent)
+    notes = git.pop("notes")
+    report = record.create_record(
+        "parity",
+        status="ok",
+        config=dataclasses.asdict(config) | {"model": first["model"], "flags": first["flags"]},
+        backend=", ".join(names),
+        precision=precision,
+        device=first["device"],
+        versions=versions,
+        git=git,
+        model={"parameters": first["parameters"]},
+        quality={"rows": rows, "is_same": not broken, "sentence": sentence},
+        notes=list(dict.fromkeys([*notes, *(note for fact in facts for note in fact["notes"])])),
+    )
+    report["id"] = os.environ.get("VIT_RECORD_ID") or report["id"]
+    record.append_record(config.results_path, report)
+    if config.verbose:
+        show(rows, first)
+    print(sentence)
+    return 1 if broken else 0
+
+
+def show(rows, facts):
+    print(
+        f"{facts['model']} ({facts['parameters']:,} parameters), {facts['precision']}, "
+        f"on {facts['device']['name']} ({facts['device']['kind']})"
+    )
+    print(f"{'':<10} {'observed':>8} {'tolerated':>9}")
+    for row in rows:
+        sign = " " if row["observed"] <= row["tolerance"] else "!"
+        line = f"{row['what']:<10} {row['observed']:>8.1e} {row['tolerance']:>9.0e} {sign}"
+        print(f"{line} {row['where']}"[:80].rstrip())
+
+
+# ---------------------------------------------------------------------------------------------
+# A process for each backend
+
+
+def observe_all(config, flags, model_flags):
+    """Let each backend compute, then judge. Returns the exit code."""
+    folder = config.results_path.parent / f"parity-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)  # where a container sees it, too
+    try:
+        files = [folder / f"{backend}.npz" for backend in config.backends]
+        for backend, path in zip(config.backends, files):
+            start = [sys.executable, __file__]
+            if config.launcher:
+                words = shlex.split(os.path.expandvars(config.launcher))
+                start = [word.replace("{image}", BACKENDS[backend]) for word in words]
+                start += ["python", Path(__file__).name]
+            words = [*flags, "--backends", backend, "--observed", str(path), "--launcher="]
+            words += ["--equal", str(files[0])] if path != files[0] else []
+            if config.verbose:
+                print(f"{backend} computes ...", file=sys.stderr, flush=True)
+            done = subprocess.run([*start, *words, "--", *model_flags], stdin=subprocess.DEVNULL)
+            if done.returncode:
+                return done.returncode if done.returncode > 0 else 128 - done.returncode
+        return judge(files, config)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(config, flags, model_flags):
+    try:
+        if config.files:
+            return judge(config.files, config)
+        return observe_all(config, flags, model_flags)
+    except Unreadable as error:
+        fail(error)
+    except OSError as error:
+        fail(f"{error.filename or 'cannot start a backend'}: {error.strerror}")
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    environment.read_dotenv()
+    CONFIG, FLAGS, MODEL_FLAGS = parse_words(sys.argv[1:])
+    check_writable(results_path=CONFIG.results_path)
+    if not CONFIG.observed:
+        sys.exit(main(CONFIG, FLAGS, MODEL_FLAGS))
+    check_writable(observed=CONFIG.observed)
+    os.environ["KERAS_BACKEND"] = CONFIG.backends[0]
+    environment.keep_memory()
+
+import latency  # noqa: E402
+import vit  # noqa: E402
+from harness import ending, engine  # noqa: E402
+from vit import keras  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------
+# What one backend computes
+
+
+class KeepGradients(keras.optimizers.Optimizer):
+    """An optimiser whose step puts each weight's gradient in its place."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(variable, gradient)
+
+
+def observe_layers(model, pixels):
+    """{name: output} of each layer at inference, in the model's order, for one batch."""
+    layers = [layer for layer in model.layers if isinstance(layer.output, keras.KerasTensor)]
+    probe = keras.Model(model.inputs, [layer.output for layer in layers])
+    outputs = engine.compile_function(lambda x: probe(x, training=False))(pixels)
+    found = {}
+    for index, (layer, output) in enumerate(zip(layers, outputs)):
+        if isinstance(layer, keras.Model):  # what comes before it is what it gets
+            found |= observe_layers(layer, keras.ops.convert_to_numpy(outputs[index - 1]))
+        else:
+            found[f"{len(found):03d} {layer.name}"] = to_float(output)
+    return found
+
+
+def to_float(tensor):
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32")))
+
+
+def train(model, optimizer, pixels, labels):
+    """Losses, running means, (steps,), of training on pixels (steps, batch, ...), by the steps that
+    vit.py compiles."""
+    model.compile(optimizer=optimizer, loss=vit.crossentropy)
+    engine.build_state(model, len(labels[0]))
+    training = engine.compile_train_steps(model)
+    training.load(pixels.reshape(-1, *pixels.shape[2:]), labels.reshape(-1))
+    order = np.arange(labels.size, dtype="int32").reshape(len(labels), 1, -1)
+    losses = [to_float(training.run(order[step : step + 1], {}))[0] for step in range(len(labels))]
+    training.sync()
+    return np.array(losses)
+
+
+def observe(model, config, given=None):
+    """{name: array}: weights, pixels and labels, and what is computed from them.
+
+    Args:
+        given: such a dictionary, whose weights, pixels and labels are taken.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Dropout) and not isinstance(layer, vit.Dropout):
+            layer.rate = 0.0  # whose masks are other ones on each backend
+    rng = np.random.default_rng(config.seed)
+    shape = (config.steps, config.batch_size, *model.input_shape[1:])
+    found = {
+        "pixels": rng.integers(0, 256, shape, dtype="uint8"),
+        "labels": rng.integers(
+            0, model.output_shape[-1], (config.steps, config.batch_size), dtype="int32"
+        ),
+        **{f"weights/{n:03d}": to_float(w) for n, w in enumerate(model.weights)},
+    }
+    if given is not None:
+        for name, array in found.items():
+            if name not in given or given[name].shape != array.shape:
+                raise Unreadable(f"--equal: expected the same model, but {name} is another")
+        found = {name: given[name] for name in found}
+    kept = [found[name] for name in found if name.startswith("weights/")]
+    pixels, labels = found["pixels"], found["labels"]
+
+    def restore():
+        for variable, value in zip(model.weights, kept):
+            variable.assign(value)
+
+    restore()
+    found |= {f"layers/{n}": a for n, a in observe_layers(model, pixels[0, :1]).items()}
+    found["logits"] = to_float(engine.compile_forward(model)(pixels[0]))
+    found["loss"] = train(model, KeepGradients(0.0), pixels[:1], labels[:1])
+    for number, variable in enumerate(model.trainable_variables):
+        found[f"gradients/{number:03d} {variable.path}"] = to_float(variable)
+    restore()
+    optimizer = keras.optimizers.AdamW(learning_rate=0.001, weight_decay=0.0001)
+    found["steps"] = train(model, optimizer, pixels, labels)
+    return found
+
+
+def write_observed(config, model_flags):
+    """Compute on this backend, and write the file. Raises WeightsError, ConfigError, Unreadable."""
+    machine = telemetry.describe_machine()
+    precision = vit.settle_device(config)
+    versions = telemetry.read_versions(engine.BACKEND)
+    notes = [*machine.pop("notes"), *versions.pop("notes")]
+    name = engine.gpu_name()
+    machine |= {"kind": "gpu" if name else "cpu", "node_name": config.node_name}
+    machine["name"] = name or machine["cpu_name"]
+    given = read_observed(config.equal)[1] if config.equal else None
+    model = latency.create_model(
+        latency.LatencyConfig(model=config.model, keras_backend=engine.BACKEND), model_flags
+    )
+    facts = {
+        "backend": engine.BACKEND,
+        "precision": precision,
+        "model": config.model,
+        "flags": model_flags,
+        "parameters": latency.count_parameters(model),
+        "device": machine,
+        "versions": versions,
+        "notes": notes,
+    }
+    arrays = observe(model, config, given)
+    with open(config.observed, "wb") as file:  # np.savez would add a suffix
+        np.savez(file, facts=json.dumps(facts), **arrays)
+
+
+if __name__ == "__main__":
+    status, message, code = ending.run_to_end(
+        lambda: write_observed(CONFIG, MODEL_FLAGS), f"lower --batch-size {CONFIG.batch_size}"
+    )
+    if status != "ok":
+        print(f"parity.py: {status}: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,326 @@
+"""Serving: figures of each batch size, load, weights from elsewhere, and what is refused."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, child_environment, run_code
+
+from harness import record
+
+MODEL = ("--image-size=32", "--patch-size=8", "--projection-dim=32", "--num-heads=2")
+MODEL += ("--transformer-layers=1", "--mlp-head-units=64")
+QUICK = ("--iterations=20", "--warmup=2")
+
+
+def run_latency(folder, *flags, model_flags=MODEL, **environment):
+    command = [sys.executable, str(ROOT / "latency.py"), *flags, "--", *model_flags]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=child_environment(folder, **environment),
+        capture_output=True,
+        text=True,
+    )
+
+
+def read_all(folder):
+    records, problems = record.read_records(folder / "results.jsonl")
+    assert problems == []
+    return records
+
+
+def only_line(done):
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0].removeprefix("latency.py: ")
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(backend, tmp_path_factory):
+    """Two batch sizes that fit, and between them one that cannot."""
+    folder = tmp_path_factory.mktemp("served")
+    sizes = ("--batch-sizes", "2", "1000000000", "4")
+    done = run_latency(folder, *QUICK, *sizes, f"--keras-backend={backend}")
+    return done, read_all(folder)
+
+
+def test_each_batch_size_leaves_a_good_record(served, backend):
+    done, records = served
+    assert [item["status"] for item in records] == ["ok", "oom", "ok"], done.stderr
+    assert [item["config"]["batch_size"] for item in records] == [2, 10**9, 4]
+    for item in records:
+        assert record.check_record(item) == []
+        assert (item["kind"], item["backend"]) == ("latency", backend)
+    assert records[0]["model"] == records[2]["model"]
+    assert records[0]["model"]["flops_per_image"] > records[0]["model"]["parameters"] > 10_000
+
+
+def test_the_figures_are_those_of_the_iterations(served):
+    timing = served[1][2]["timing"]
+    seconds = np.array(timing["iteration_seconds"])
+    assert len(seconds) == 20 and (seconds > 0).all()
+    for share in (50, 90, 95, 99):
+        assert timing[f"p{share}_seconds"] == pytest.approx(np.percentile(seconds, share))
+    assert timing["mean_seconds"] == pytest.approx(seconds.mean())
+    assert timing["std_seconds"] == pytest.approx(seconds.std(ddof=1))
+    assert timing["images_per_second"] == pytest.approx(4 / seconds.mean())
+    assert timing["compile_seconds"] > seconds.max() and 0 < timing["copy_seconds"] < 0.1
+    assert 0 < timing["mfu"] < 1
+
+
+def test_a_batch_too_large_is_a_row_and_the_others_run(served):
+    done, _ = served
+    assert done.returncode == 3
+    lines = done.stdout.splitlines()
+    assert lines[1].split()[:3] == ["batch", "p50", "ms"]
+    assert [line.split()[0] for line in lines[2:5]] == ["2", "1000000000", "4"]
+    assert "oom: out of memory: lower --batch-sizes 1000000000" in lines[3]
+    assert "not measured: energy.joules_per_image: " in done.stdout
+    assert max(map(len, [*lines[:3], lines[4]])) <= 100
+
+
+def test_models_are_counted_and_not_typed_in(tmp_path):
+    done = run_latency(tmp_path, "--list-models", model_flags=())
+    assert done.returncode == 0, done.stderr
+    rows = {words[0]: words for line in done.stdout.splitlines() if (words := line.split())}
+    assert rows["vit"][1:3] == ["21,759,012", "0.20"]
+    assert rows["vit-b16"][1:] == ["86,567,656", "17.56", *"224 x 224 x 3".split()]
+    assert rows["vit-l16"][1] == "304,326,632" and rows["vit-ti16"][1] == "5,717,416"
+    assert rows["resnet50"][1:3] == ["25,636,712", "4.09"]
+
+
+def test_either_data_format_computes_the_same(tmp_path, backend):
+    code = f"""
+import json
+import numpy as np
+import latency
+
+flags = {list(MODEL)!r}
+rng = np.random.default_rng(0)
+found = []
+for format in ("channels_last", "channels_first"):
+    config = latency.LatencyConfig(data_format=format)
+    model = latency.create_model(config, flags)
+    if not found:
+        weights, x = model.get_weights(), rng.integers(0, 256, (2, 32, 32, 3)).astype("float32")
+    model.set_weights(weights)
+    found.append(latency.keras.ops.convert_to_numpy(model(x, training=False)))
+    x = x.transpose(0, 3, 1, 2)
+print(json.dumps(float(abs(found[0] - found[1]).max())))
+"""
+    assert run_code(tmp_path, backend, code) < 1e-5
+
+
+# ---- load --------------------------------------------------------------------------------------
+
+
+def test_a_rate_beyond_reach_is_said(tmp_path, backend):
+    flags = ("--load=poisson", "--rate=100000", "--seconds=0.01", f"--keras-backend={backend}")
+    done = run_latency(tmp_path, *QUICK, *flags)
+    assert done.returncode == 0, done.stderr
+    (item,) = read_all(tmp_path)
+    timing = item["timing"]
+    assert record.check_record(item) == []
+    assert len(timing["load_iteration_seconds"]) == 1000
+    assert timing["served_per_second"] < 95_000
+    assert any("requests/s could not be sustained" in note for note in item["notes"])
+    assert "could not be sustained" in done.stdout
+    # Those that come later wait for all before them.
+    assert timing["load_p99_seconds"] > 10 * timing["p50_seconds"]
+
+
+def test_load_reports_latency_and_the_highest_rate_that_keeps_it(tmp_path):
+    flags = ("--load=uniform", "--rate=5", "--seconds=1", "--slo-ms=1000")
+    done = run_latency(tmp_path, *QUICK, *flags)
+    assert done.returncode == 0, done.stderr
+    (item,) = read_all(tmp_path)
+    timing = item["timing"]
+    assert len(timing["load_iteration_seconds"]) == 5
+    assert timing["slo_per_second"] > 5 and "p99 within 1000 ms up to" in done.stdout
+
+
+def test_requests_wait_for_those_before_them(tmp_path):
+    code = """
+import json, time
+import numpy as np
+import latency
+
+latencies, served = latency.serve(lambda: time.sleep(0.05), np.array([0, 0, 0, 1.0]))
+print(json.dumps([latencies.tolist(), served]))
+"""
+    latencies, served = run_code(tmp_path, "jax", code)
+    first, second, third, late = latencies
+    assert 0.05 <= first < second < third and second >= 0.1 and third >= 0.15
+    assert late >= 0.05 and served < 4
+
+
+# ---- weights from elsewhere --------------------------------------------------------------------
+
+WEIGHTS = """
+import json, re
+from pathlib import Path
+import numpy as np
+import torch
+import keras
+import latency, vit
+from harness.resnet import create_resnet50
+from harness.weights import load_state_dict
+from peers import imagenet_torch
+
+torch.manual_seed(0)
+NAMES = [  # of timm and DeiT, where torchvision has others
+    ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
+    ("conv_proj.", "patch_embed.proj."), ("encoder.layers.encoder_layer_", "blocks."),
+    ("ln_1", "norm1"), ("ln_2", "norm2"), ("self_attention.in_proj_", "attn.qkv."),
+    ("self_attention.out_proj", "attn.proj"), ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2"),
+    ("encoder.ln", "norm"), ("heads.head", "head"),
+]
+
+
+def shake(module):
+    for name, value in module.state_dict().items():
+        if value.is_floating_point():
+            noise = torch.randn_like(value) * 0.1
+            value.copy_(value + (noise.abs() if "var" in name else noise))
+    return module.eval()
+
+
+def difference(model, module, side):
+    x = np.random.default_rng(0).normal(size=(2, side, side, 3)).astype("float32")
+    ours = keras.ops.convert_to_numpy(model(x, training=False))
+    theirs = module(torch.from_numpy(x).permute(0, 3, 1, 2)).detach().numpy()
+    return float(abs(ours - theirs).max() / abs(theirs).max())
+
+
+def create():
+    flags = "--image-size 32 --patch-size 8 --pool token --projection-dim 64 --num-heads 4"
+    flags += " --head-dim 16 --transformer-layers 2 --mlp-ratio 2 --mlp-head-units"
+    config = vit.parse_config([*flags.split(), "--dropout=0", "--num-classes=10"])
+    return vit.create_vit_classifier(config, mean=0.0, variance=1.0)
+
+
+found = {}
+module = shake(imagenet_torch.VisionTransformer(32, 8, 64, 2, 4, 128, 10))
+torch.save(module.state_dict(), "vit.pth")
+load_state_dict(model := create(), Path("vit.pth"))
+found["torchvision"] = difference(model, module, 32)
+named = {}
+for name, value in module.state_dict().items():
+    for old, new in NAMES:
+        name = name.replace(old, new)
+    named[name] = value
+torch.save({"model": named}, "deit.pth")
+load_state_dict(model := create(), Path("deit.pth"))
+found["timm"] = difference(model, module, 32)
+from safetensors.torch import save_file
+save_file({k: v.contiguous() for k, v in named.items()}, "vit.safetensors")
+load_state_dict(model := create(), Path("vit.safetensors"))
+found["safetensors"] = difference(model, module, 32)
+module = shake(imagenet_torch.ResNet50())
+torch.save(module.state_dict(), "resnet.pth")
+load_state_dict(model := create_resnet50(), Path("resnet.pth"))
+found["resnet"] = difference(model, module, 224)
+print(json.dumps(found))
+"""
+
+
+def test_weights_of_torchvision_timm_and_deit_give_their_logits(tmp_path, backend):
+    found = run_code(tmp_path, backend, WEIGHTS)
+    assert set(found) == {"torchvision", "timm", "safetensors", "resnet"}
+    assert max(found.values()) < 1e-4, found
+    # The ResNet's are no Vision Transformer's: the first ten that clash, and how many there are.
+    flags = ("--model=vit-ti16", "--weights=resnet.pth", "--batch-sizes=1")
+    done = run_latency(tmp_path, *flags, f"--keras-backend={backend}", model_flags=())
+    line = only_line(done)
+    assert done.returncode == 2 and line.count(";") == 9
+    assert "--weights resnet.pth is of another architecture: " in line
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--batch-sizes", "1", "0"], "--batch-sizes: expected sizes above 0, got 1 0"),
+        (["--model=vgg"], "--model: expected a file PATH.keras or one of vit, vit-ti16"),
+        (["--model=none.keras"], "--model: expected a Keras model, got none.keras"),
+        (["--model=text.keras"], "--model: expected a Keras model, got text.keras"),
+        (["--model=resnet50", "--weights=text.pth"], "--weights: expected a state dict in .pth"),
+        (["--slo-ms=5"], "--slo-ms: expected milliseconds above 0, and --load"),
+        (["--load=uniform", "--rate=0"], "--rate: expected above 0, got 0"),
+        (["--native"], "--native: expected --model vit-b16 or resnet50, got vit"),
+        (["--keras-backend=tensorflow"], "invalid choice 'tensorflow'"),
+        (["--iterations=1"], "--iterations: expected 2 or more, got 1"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flags, told):
+    (tmp_path / "text.keras").write_text("no model")
+    (tmp_path / "text.pth").write_text("no weights")
+    done = run_latency(tmp_path, *flags, model_flags=())
+    assert done.returncode == 2 and told in only_line(done)
+
+
+def test_flags_before_and_after_the_dashes(tmp_path):
+    done = run_latency(tmp_path, model_flags=("--precision=bfloat16",))
+    assert done.returncode == 2 and only_line(done) == "error: --precision: expected before --"
+    done = run_latency(tmp_path, "--model=resnet50")
+    assert done.returncode == 2 and "for --model vit alone" in only_line(done)
+
+
+def test_a_saved_model_is_served_as_it_is(tmp_path):
+    code = f"""
+import json
+import vit
+
+model = vit.create_vit_classifier(vit.parse_config({list(MODEL)!r}))
+model.save("small.keras")
+print(json.dumps(model.count_params()))
+"""
+    parameters = run_code(tmp_path, "torch", code)
+    done = run_latency(tmp_path, "--model=small.keras", "--batch-sizes=2", *QUICK, model_flags=())
+    assert done.returncode == 0, done.stderr
+    (item,) = read_all(tmp_path)
+    assert item["model"]["parameters"] == parameters - 6
+    assert item["model"]["input_shape"] == [32, 32, 3]
+
+
+# ---- the models by hand ------------------------------------------------------------------------
+
+
+def test_the_models_by_hand_do_the_same_work(tmp_path):
+    code = """
+import json
+import jax
+import numpy as np
+import latency
+from peers import imagenet_jax
+
+found = {}
+for name in latency.NATIVE:
+    model = latency.MODELS[name]("channels_last")
+    forward, parameters = imagenet_jax.create_forward(
+        name, latency.IMAGENET_MEAN, latency.IMAGENET_VARIANCE, "float32"
+    )
+    pixels = np.zeros((1, 224, 224, 3), "uint8")
+    cost = jax.jit(forward).lower(pixels).cost_analysis()
+    found[name] = [
+        parameters,
+        int(sum(np.prod(v.shape) for v in model.trainable_variables)),
+        cost["flops"] / latency.engine.count_flops(model),
+        list(forward(pixels).shape),
+    ]
+print(json.dumps(found))
+"""
+    found = run_code(tmp_path, "jax", code)
+    parameters, ours, flops, shape = found["vit-b16"]
+    assert parameters == ours == 86_567_656 and 1 <= flops < 1.03 and shape == [1, 1000]
+    parameters, ours, flops, shape = found["resnet50"]
+    # Keras' convolutions have a bias before each batch normalisation: 26,560 numbers more. XLA
+    # does not count products with the zeros around a picture.
+    assert parameters + 26_560 == ours and 0.95 < flops < 1.03 and shape == [1, 1000]

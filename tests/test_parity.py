@@ -1,0 +1,171 @@
+"""Parity: sound backends agree, a broken one is caught and its first wrong layer named."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SMALL, child_environment, run_code
+
+from harness import record
+
+# Dense kernels between blocks are square, so that a transposed one has the right shape.
+MODEL = ["--image-size=32", "--patch-size=8", "--projection-dim=32", "--num-heads=2"]
+MODEL += ["--transformer-layers=1", "--transformer-units", "32", "32", "--mlp-head-units=64"]
+
+OBSERVE = """
+import json
+from pathlib import Path
+import parity
+import vit
+from vit import keras, layers, ops
+
+{patch}
+config = parity.ParityConfig(
+    backends=(vit.engine.BACKEND,), observed=Path("{name}.npz"), equal={equal}, steps=2
+)
+parity.write_observed(config, {model!r})
+print(json.dumps(True))
+"""
+BROKEN = {
+    "one weight perturbed": (
+        """
+original = layers.Dense.call
+def call(self, inputs, *rest, **named):
+    outputs = original(self, inputs, *rest, **named)
+    if self.name == "logits":  # as if kernel[0, 0] were larger by 0.01
+        outputs = outputs + ops.pad(0.01 * inputs[:, :1], ((0, 0), (0, outputs.shape[1] - 1)))
+    return outputs
+layers.Dense.call = call
+""",
+        "layers",
+        "logits",
+    ),
+    "a transposed kernel": (
+        """
+original = layers.Dense.call
+def call(self, inputs, *rest, **named):
+    if self.kernel.shape[0] == self.kernel.shape[1]:
+        return ops.gelu(ops.matmul(inputs, ops.transpose(self.kernel)) + self.bias, False)
+    return original(self, inputs, *rest, **named)
+layers.Dense.call = call
+""",
+        "layers",
+        "dense",
+    ),
+    "another epsilon": (
+        """
+original = layers.LayerNormalization.build
+def build(self, shape):
+    self.epsilon = 1e-3
+    original(self, shape)
+layers.LayerNormalization.build = build
+""",
+        "layers",
+        "layer_normalization",
+    ),
+    "another loss": (
+        "vit.crossentropy = lambda labels, logits: 1.001 * ops.sparse_categorical_crossentropy("
+        "ops.cast(labels, 'int32'), logits, True)",
+        "loss",
+        "",
+    ),
+}
+
+
+def run_parity(folder, *flags, model_flags=()):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "parity.py"), *flags, "--", *model_flags],
+        cwd=folder,
+        env=child_environment(folder),
+        capture_output=True,
+        text=True,
+    )
+
+
+def observe(folder, backend, name, patch="", equal=None):
+    equal = f'Path("{equal}")' if equal else None
+    run_code(folder, backend, OBSERVE.format(patch=patch, name=name, equal=equal, model=MODEL))
+
+
+def read_only_record(folder):
+    (item,), problems = record.read_records(folder / "results.jsonl")
+    assert problems == [] and record.check_record(item) == []
+    return item
+
+
+def test_the_backends_compute_the_same(tmp_path):
+    done = run_parity(tmp_path, model_flags=MODEL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == "jax and torch compute the same within float32's rounding"
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    item = read_only_record(tmp_path)
+    assert item["kind"] == "parity" and item["quality"]["is_same"]
+    rows = item["quality"]["rows"]
+    assert [row["what"] for row in rows] == ["layers", "logits", "loss", "gradients", "steps"]
+    assert all(row["observed"] <= row["tolerance"] for row in rows)
+    assert rows[0]["observed"] > 0 and rows[3]["observed"] > 0  # two backends round differently
+    assert not list(tmp_path.glob("parity-*"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parity")
+    observe(folder, "jax", "jax")
+    return folder
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_backend_is_caught(reference, name):
+    patch, what, layer = BROKEN[name]
+    observe(reference, "torch", "broken", patch, equal="jax.npz")
+    (reference / "results.jsonl").unlink(missing_ok=True)
+    done = run_parity(reference, "--files", "jax.npz", "broken.npz")
+    assert done.returncode == 1, done.stdout + done.stderr
+    sentence = done.stdout.splitlines()[-1]
+    assert sentence.startswith(f"torch against jax: not the same: {what} differ by ")
+    assert not layer or sentence.split(", first in ")[1].split()[1] == layer
+    assert not read_only_record(reference)["quality"]["is_same"]
+
+
+def test_a_comparison_asks_first(tmp_path):
+    work = [*SMALL, f"--checkpoint-path={tmp_path / 'best.weights.h5'}"]
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "compare.py"), "--backends", "jax", "torch"),
+            *("--repeats=1", "--results-path=runs.jsonl", "--", *work),
+        ],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parity: jax and torch compute the same within float32's rounding" in done.stdout
+    records, problems = record.read_records(tmp_path / "runs.jsonl")
+    assert [item["kind"] for item in records] == ["parity", "train", "train"]
+    assert records[0]["id"].endswith("-parity") and not problems
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--backends", "jax"], "--backends: expected two, got jax"),
+        (["--backends", "jax", "mxnet"], "--backends: expected jax and torch, got mxnet"),
+        (["--files", "a.npz", "text.npz"], "a.npz: expected a file of --observed"),
+        (["--files", "text.npz", "text.npz"], "text.npz: expected a file of --observed"),
+        (["--model=vgg"], "--model: expected a file PATH.keras or one of vit"),
+        (["--steps=0"], "--steps: expected 1 or more, got 0"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flags, told):
+    (tmp_path / "text.npz").write_text("no arrays")
+    done = run_parity(tmp_path, *flags)
+    lines = [line for line in done.stderr.splitlines() if not line.endswith("computes ...")]
+    assert done.returncode == 2 and len(lines) == 1 and told in lines[0], done.stderr
+
+
+def test_files_of_different_weights_are_not_compared(reference):
+    observe(reference, "torch", "other", "vit.keras.utils.set_random_seed = lambda seed: None")
+    done = run_parity(reference, "--files", "jax.npz", "other.npz")
+    assert done.returncode == 2 and "expected equal weights/" in done.stderr
