@@ -34,6 +34,7 @@ import base64
 import collections
 import csv
 import datetime
+import functools
 import hashlib
 import importlib.util
 import io
@@ -173,24 +174,35 @@ def create_plan(entries, config, work, path, comparison):
         for entry in entries if repeat % 2 else entries[::-1]:
             record_id = f"{comparison}-r{repeat}-{urllib.parse.quote(entry['label'], ':=,+')}"
             backend, image, program = SUBJECTS[entry["name"]]
+            is_native, is_served = entry["name"].startswith("native-"), serves(config)
+            program = None if is_served else program
             start = [sys.executable, str(find_program(program or config.script))]
             if config.launcher:  # a container has its own environment: `env` hands the id over
                 start = [os.path.expandvars(word) for word in shlex.split(config.launcher)]
                 start = [word.replace("{image}", image) for word in start]
                 start += ["env", f"VIT_RECORD_ID={record_id}", "python", program or config.script]
             given = list_flags([*work, *entry["flags"]])
-            is_native = entry["name"].startswith("native-")
-            flags = [] if is_native else ["--keras-backend", backend]
-            flags += [] if "use-wandb" in given else ["--no-use-wandb"]
+            flags = [] if is_native and not is_served else ["--keras-backend", backend]
+            flags += ["--native"] if is_native and is_served else []
+            flags += [] if "use-wandb" in given or is_served else ["--no-use-wandb"]
             flags += [] if "seed" in given else ["--seed", str(repeat)]
-            command = [*start, "--results-path", str(path), *flags, *work, *entry["flags"]]
+            split = (
+                work.index("--") if "--" in work else len(work)
+            )  # flags of a model that is served
+            flags += [*work[:split], *entry["flags"], *work[split:]]
+            command = [*start, "--results-path", str(path), *flags]
             plan.append({**entry, "repeat": repeat, "id": record_id, "command": command})
     return plan
 
 
+def serves(config):
+    return Path(config.script).name == "latency.py"
+
+
 def parse_id(record_id):
-    """`1a2b3c4d-20260131T120000-r2-jax` -> (comparison, 2, "jax"); any other id -> None"""
-    match = re.fullmatch(r"([0-9a-f]{8}-\d{8}T\d{6})-r(\d+)-(.+)", record_id)
+    """`1a2b3c4d-20260131T120000-r2-jax` -> (comparison, 2, "jax"); any other id -> None. At the end
+    of latency.py's stands a batch size, `~8`"""
+    match = re.fullmatch(r"([0-9a-f]{8}-\d{8}T\d{6})-r(\d+)-(.+?)(~\d+)?", record_id)
     return match and (match[1], int(match[2]), urllib.parse.unquote(match[3]))
 
 
@@ -282,7 +294,7 @@ def measure_run(run, path, verbose):
     returncode, last_line, interrupted = run_child(run["command"], run["id"], verbose)
     found = [item for item in load(path, new=True)[0] if json.dumps(item) not in before]
     for item in reversed(found):
-        if item["id"] == run["id"]:
+        if item["id"].partition("~")[0] == run["id"]:
             return item, interrupted
     status, error = "error", last_line or "it left neither record nor message; see --verbose"
     if interrupted:
@@ -300,7 +312,8 @@ def measure_run(run, path, verbose):
 
 def measure(plan, path, config, console):
     """Runs what is not done yet, one line a run; returns whether it came to the end"""
-    done = {item["id"] for item in load(path, new=True)[0] if item["status"] == "ok"}
+    records = load(path, new=True)[0]
+    done = {item["id"].partition("~")[0] for item in records if item["status"] == "ok"}
     todo = [run for run in plan if run["id"] not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(todo)} runs of {len(plan)} to do, into {path}")
@@ -319,7 +332,8 @@ def measure(plan, path, config, console):
         mean = np.mean([seconds for several in durations.values() for seconds in several])
         left = sum(np.mean(durations.get(later["label"], mean)) for later in todo[index + 1 :])
         left += config.cool_down * (len(todo) - index - 1)
-        speed = show(dig(record, "timing.train_images_per_second"))
+        name = "images_per_second" if record["kind"] == "latency" else "train_images_per_second"
+        speed = show(dig(record, f"timing.{name}"))
         outcome = f"{speed} images/s" if record["status"] == "ok" else record["status"]
         outcome += f" ({record['error']})" if record["error"] else ""
         seconds = f"{durations[run['label']][-1]:.0f} s, {left:.0f} s left"
@@ -346,12 +360,18 @@ def check_parity(entries, config, work, path, comparison):
     names = {entry["name"] for entry in entries}
     backends, record_id = sorted(names & {"jax", "torch"}), f"{comparison}-parity"
     is_done = any(item["id"] == record_id for item in load(path, new=True)[0])
-    if not config.parity or config.script != "vit.py" or len(backends) < 2 or is_done:
+    is_known = config.script == "vit.py" or serves(config)
+    if not config.parity or not is_known or len(backends) < 2 or is_done:
         return
     precision, flags = take_flag(work, "--precision")
     command = [sys.executable, str(ROOT / "parity.py"), "--backends", *backends]
     command += ["--precision", precision or "float32", "--results-path", str(path)]
-    command += ["--launcher", config.launcher, "--no-verbose", "--", *flags]
+    command += ["--launcher", config.launcher, "--no-verbose"]
+    if serves(config):
+        split = flags.index("--") if "--" in flags else len(flags)
+        command += ["--model", take_flag(flags[:split], "--model")[0] or "vit", "--steps", "0"]
+        flags = flags[split + 1 :]
+    command += ["--", *flags]
     returncode, last_line, interrupted = run_child(command, record_id, config.verbose)
     if interrupted:
         raise KeyboardInterrupt
@@ -452,11 +472,41 @@ METRICS = {  # key: (title with unit, how entries are compared, field or functio
     "test_accuracy_percent": ("test accuracy, %", "difference", "quality.test_accuracy", 100),
     "test_top5_percent": ("test top-5, %", "difference", "quality.test_top5_accuracy", 100),
 }
+LATENCY = {  # what is shown of each batch size: title with unit, field, scale
+    "p50_ms": ("p50, ms", "timing.p50_seconds", 1e3),
+    "p99_ms": ("p99, ms", "timing.p99_seconds", 1e3),
+    "images_per_second": ("images/s", "timing.images_per_second", 1),
+    "copy_ms": ("copy to the device, ms", "timing.copy_seconds", 1e3),
+    "compile_seconds": ("compiling, s", "timing.compile_seconds", 1),
+    "device_peak_mib": ("peak device memory, MiB", "memory.device_peak_bytes", 2**-20),
+    "host_peak_mib": ("peak host memory, MiB", "memory.host_peak_bytes", 2**-20),
+    "joules_per_image": ("energy, J/image", "energy.joules_per_image", 1),
+}
+
+
+def get_batch(record, size, dotted, scale):
+    """A figure of one batch size of a run of latency.py, see merge_batch"""
+    batch = record["batches"].get(size)
+    if batch is None:
+        return None, f"batch {size}: not run"
+    if batch["status"] != "ok":
+        return None, f"batch {size}: {batch['status']}"
+    return get_field(batch, dotted, scale)
+
+
+def find_metric(key):
+    """METRICS' entry of a key; of `8 p50_ms` that of LATENCY's p50_ms for a batch of 8"""
+    if key in METRICS:
+        return METRICS[key]
+    size, _, name = key.partition(" ")
+    title, dotted, scale = LATENCY[name]
+    get = functools.partial(get_batch, size=int(size), dotted=dotted, scale=scale)
+    return f"batch {size}: {title}", "ratio", get, None
 
 
 def get_metric(record, key, target=None):
     """(value, None) or (None, why there is none)"""
-    _, _, getter, extra = METRICS[key]
+    _, _, getter, extra = find_metric(key)
     if isinstance(getter, str):
         return get_field(record, getter, extra)
     extra = target if extra == "target" else extra
@@ -466,6 +516,7 @@ def get_metric(record, key, target=None):
 # ---- From records to entries ---------------------------------------------------------------------
 
 NOT_WORK = re.compile(r"(^|_)(seed|wandb|path|dir|node|backend|run|project|entity|verbose)(_|$)")
+NOT_SERVED = {"batch_size", "batch_sizes", "data_format", "native", "list_models"}
 
 
 def group_records(found):
@@ -477,7 +528,8 @@ def group_records(found):
     latest = {}  # a run that was tried again counts as it ended, where it began
     for item in found:
         latest[item["id"]] = item | {"started": latest.get(item["id"], item)["started"]}
-    found = [item for item in latest.values() if item["kind"] == "train"]
+    kind = find_kind(found)
+    found = [item for item in latest.values() if item["kind"] == kind]
     if not found:
         raise BadInput("expected records of kind train, got none; vit.py writes some")
     datasets = sorted({str(dig(r, "config.dataset")) for r in found if dig(r, "config.dataset")})
@@ -488,6 +540,7 @@ def group_records(found):
     for item in sorted(found, key=lambda item: item["started"]):
         name = parse_id(item["id"]) or ("", 0, item["backend"] or "unknown")
         config = {k: v for k, v in item["config"].items() if not NOT_WORK.search(k)}
+        config = {k: v for k, v in config.items() if kind == "train" or k not in NOT_SERVED}
         work = tuple(sorted((key, json.dumps(value)) for key, value in config.items()))
         node = dig(item, "device.node_name") or dig(item, "config.node_name")
         rows.append((item, name, work, node))
@@ -497,7 +550,10 @@ def group_records(found):
     for item, (comparison, repeat, label), work, node in rows:
         work, node = work or known[comparison, label], node or known[comparison] or ""
         runs = groups.setdefault((label, node, work), {})
-        runs[comparison, repeat or len(runs) + 1] = item
+        if kind == "latency":
+            merge_batch(runs, comparison, repeat, item)
+        else:
+            runs[comparison, repeat or len(runs) + 1] = item
     entries = []
     for (label, node, work), runs in groups.items():
         others = [dict(other) for name, _, other in groups if name == label]
@@ -509,6 +565,23 @@ def group_records(found):
         ok = {pair: item for pair, item in runs.items() if item["status"] == "ok"}
         entries.append({"label": full, "flags": flags, "node": node, "runs": runs, "ok": ok})
     return entries
+
+
+def find_kind(found):
+    """What a report is on: training where there is any, else serving"""
+    kinds = {item["kind"] for item in found}
+    return "latency" if "latency" in kinds and "train" not in kinds else "train"
+
+
+def merge_batch(runs, comparison, repeat, item):
+    """Adds a record of latency.py, one batch size, to its run: `batches`, {size: record}, of which
+    one must be ok. The n-th record of a size belongs to the n-th run, if no comparison made it"""
+    size = item["config"].get("batch_size")
+    repeat = repeat or 1 + sum(size in run["batches"] for run in runs.values())
+    run = runs.setdefault((comparison, repeat), item | {"batches": {}})
+    run["batches"][size] = item
+    if item["status"] == "ok" != run["status"]:
+        run |= {key: item[key] for key in ("status", "error", "model", "precision", "device")}
 
 
 def match_pairs(entry, reference):
@@ -524,6 +597,7 @@ def match_pairs(entry, reference):
 SAME = "precision config.batch_size config.num_epochs model.parameters model.flops_per_image "
 SAME += "config.seed quality.data_fingerprint versions.keras git.commit timing.compile_cache "
 SAME += "device.kind device.name device.power_mode"
+SERVED = {"precision", "versions", "git", "device"}  # groups that serving has, too
 OPTIONAL = {"versions.keras", "git.commit", "timing.compile_cache", "device.power_mode"}
 DERIVED = {"model.parameters", "model.flops_per_image", "quality.data_fingerprint"}
 HARMLESS = {"precision", "trainer", "jit-compile"}  # flags that leave the derived fields alone
@@ -533,12 +607,15 @@ def check_fairness(entries, reference):
     """(warnings, what differs by an entry's own flags, names of the fields that are unequal)"""
     warnings, deliberate, unequal = [], [], []
     fields = SAME.split()
+    if any("batches" in run for entry in entries for run in entry["runs"].values()):
+        fields = [dotted for dotted in fields if dotted.partition(".")[0] in SERVED]
     if len({entry["node"] for entry in entries}) > 1:
         warnings.append("different machines: the ratios compare machines as well")
         fields = [dotted for dotted in fields if not dotted.startswith("device.")]
     entries = [entry for entry in entries if entry["ok"]]
     config = {key for entry in entries for item in entry["ok"].values() for key in item["config"]}
-    config = {f"config.{key}" for key in config if key != "precision" and not NOT_WORK.search(key)}
+    config -= {"precision"} if fields == SAME.split() else {"precision", *NOT_SERVED}
+    config = {f"config.{key}" for key in config if not NOT_WORK.search(key)}
     optional = OPTIONAL | config - set(fields)
     common = set.intersection(*(set(entry["ok"]) for entry in entries)) if entries else ()
     for dotted in [*fields, *sorted(config - set(fields))]:
@@ -597,11 +674,13 @@ def collect_notes(entries):
 def compare_entries(entry, reference, key, target=None):
     """compare_pairs over the pairs of runs that both have the value, None if there are none"""
     pairs = match_pairs(entry, reference)[0]
-    if key == "joules_per_image":  # a board's counter and a SoC's rails measure different things
+    if key.endswith(
+        "joules_per_image"
+    ):  # a board's counter and a SoC's rails measure different things
         pairs = [p for p in pairs if len({dig(item, "energy.source") for item in p}) == 1]
     values = [[get_metric(item, key, target)[0] for item in pair] for pair in pairs]
     values = np.array([pair for pair in values if None not in pair], float).reshape(-1, 2)
-    how = METRICS[key][1]
+    how = find_metric(key)[1]
     if not len(values) or (how == "ratio" and (values[:, 1] <= 0).any()):
         return None
     result = compare_pairs(values[:, 0], values[:, 1], how)
@@ -626,7 +705,7 @@ def create_cell(entry, reference, key, target, footnotes):
     cell["lines"] = [show(cell["median"]) + spread]
     if entry is not reference and (versus := compare_entries(entry, reference, key, target)):
         cell["versus"] = versus
-        cell["lines"].append(show_versus(versus, METRICS[key][1]))
+        cell["lines"].append(show_versus(versus, find_metric(key)[1]))
     return cell
 
 
@@ -639,20 +718,23 @@ def create_report(found, config, warnings=()):
     lines = [[f"{len(entry['ok'])} of {len(entry['runs'])}"] for entry in entries]
     rows = [{"key": "", "title": "runs ok", "cells": [{"lines": line} for line in lines]}]
     footnotes, cells = {}, {}
-    for key, (title, how, _, _) in METRICS.items():
+    is_served = find_kind(found) == "latency"
+    for key in list_batch_metrics(entries) if is_served else METRICS:
+        title, how = find_metric(key)[:2]
         if key == "target_seconds" and config.target_accuracy is None:
             continue
         noted = dict(footnotes)
         made = [create_cell(e, reference, key, config.target_accuracy, noted) for e in entries]
-        if key.startswith("compile") and not any(cell["values"] for cell in made):
+        if (is_served or key.startswith("compile")) and not any(cell["values"] for cell in made):
             continue
         footnotes, cells[key] = noted, made
         title = title.format(config.target_accuracy or 0)
         rows.append({"key": key, "title": title, "how": how, "cells": made})
     report = {"entries": entries, "labels": labels, "reference": reference, "cells": cells}
-    report["break_even"] = describe_break_even(report)
-    lines = [{"lines": [text]} for _, text in report["break_even"]]
-    rows.insert(4, {"key": "", "title": "break-even with the reference", "cells": lines})
+    if not is_served:
+        report["break_even"] = describe_break_even(report)
+        lines = [{"lines": [text]} for _, text in report["break_even"]]
+        rows.insert(4, {"key": "", "title": "break-even with the reference", "cells": lines})
     fairness, deliberate, unequal = check_fairness(entries, reference)
     report["parity"], is_broken = describe_parity(found)
     fairness += [report["parity"]] if is_broken else []
@@ -680,8 +762,40 @@ def create_report(found, config, warnings=()):
         if any(v["reason"] for v in versus)
         else "",
     )
-    report["sentence"] = write_sentence(report)
+    report["sentence"] = (write_serving_sentence if is_served else write_sentence)(report)
     return report
+
+
+def list_batch_metrics(entries):
+    """Keys of find_metric for each batch size that some entry ran"""
+    runs = [run for entry in entries for run in entry["runs"].values()]
+    sizes = sorted({size for run in runs for size in run["batches"] if size})
+    return [f"{size} {name}" for size in sizes for name in LATENCY]
+
+
+def write_serving_sentence(report):
+    """For each batch size the entry with the highest throughput against the reference or, if it is
+    that, the next"""
+    reference, sentences = report["entries"].index(report["reference"]), []
+    for key, cells in report["cells"].items():
+        size, _, name = key.partition(" ")
+        ranked = [index for index, cell in enumerate(cells) if cell["values"]]
+        if name != "images_per_second" or len(ranked) < 2:
+            continue
+        ranked.sort(key=lambda index: -cells[index]["median"])
+        other = reference if reference in ranked[1:] else ranked[1]
+        fast, slow = (report["entries"][index] for index in (ranked[0], other))
+        speed = compare_entries(fast, slow, key)
+        if speed is None:
+            continue
+        text = f"{fast['label']} serves {show_ratio(speed['estimate'])} times as many images/s as "
+        text += f"{slow['label']}"
+        text += f" ({show_interval(speed, 'ratio')})" if speed["low"] is not None else ""
+        text += "" if speed["different"] else f", {speed['reason'] or 'no difference shown'}"
+        sentences.append(f"batch {size}: {text}")
+    return (
+        "; ".join(sentences) or "nothing to compare: expected two entries with a common batch size"
+    )
 
 
 def describe_parity(found):
@@ -886,6 +1000,39 @@ def plot_curves(axes, report, over):
     axes.set(xlabel=label, ylabel=f"{name} accuracy, %")
 
 
+def plot_latency(axes, report, name):
+    """Medians over batch sizes, a line an entry, with what the repeats spread"""
+    for index, label in enumerate(report["labels"]):
+        found = [
+            (int(key.split()[0]), cells[index])
+            for key, cells in report["cells"].items()
+            if key.endswith(f" {name}") and cells[index]["values"]
+        ]
+        sizes = [size for size, _ in found]
+        cells = [cell for _, cell in found]
+        axes.plot(sizes, [cell["median"] for cell in cells], label=label, **look(index))
+        spread = ([cell[end] for cell in cells] for end in ("low", "high"))
+        axes.fill_between(sizes, *spread, alpha=0.2, color=look(index)["color"])
+    axes.set(xlabel="batch size", ylabel=LATENCY[name][0], xscale="log", yscale="log")
+
+
+def plot_throughput(axes, report):
+    """Throughput against latency, a point a batch size"""
+    for index, label in enumerate(report["labels"]):
+        cells = report["cells"]
+        sizes = [key.split()[0] for key in cells if key.endswith(" p50_ms")]
+        points = [
+            [cells[f"{size} {name}"][index]["median"] for name in ("p50_ms", "images_per_second")]
+            for size in sizes
+        ]
+        known = [(size, point) for size, point in zip(sizes, points) if None not in point]
+        if known:
+            axes.plot(*zip(*(point for _, point in known)), label=label, **look(index))
+        for size, point in known:
+            axes.annotate(size, point, xytext=(4, 4), textcoords="offset points", fontsize=10)
+    axes.set(xlabel="p50, ms", ylabel="images/s", xscale="log")
+
+
 def plot_cost(axes, report):
     cells, met = report["cells"], [epochs for epochs, _ in report["break_even"] if epochs]
     items = [item for entry in report["entries"] for item in entry["ok"].values()]
@@ -911,12 +1058,13 @@ def draw(plot, report, *arguments, form="svg"):
     from matplotlib.figure import Figure
 
     count = len(report["labels"])
-    height = 3.4 + 0.35 * count if plot in (plot_curves, plot_cost) else 1.2 + 0.7 * count
+    height = 1.2 + 0.7 * count if plot in (plot_speed, plot_memory) else 3.4 + 0.35 * count
     with matplotlib.rc_context({"font.size": 12, "svg.hashsalt": "compare"}):
         figure = Figure(figsize=(5, height), layout="constrained", dpi=200)
         axes = figure.add_subplot()
         plot(axes, report, *arguments)
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.03)
+        if axes.get_xscale() == "linear":
+            axes.set_xlim(0, axes.get_xlim()[1] * 1.03)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         handles, labels = axes.get_legend_handles_labels()
@@ -933,15 +1081,27 @@ def write_report(report, folder):
     import jinja2
 
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {
-        "Training speed: each repeat a dot, the bar the median": draw(plot_speed, report),
-        "Peak memory, medians": draw(plot_memory, report),
-        "Accuracy over epochs, each repeat a line": draw(plot_curves, report, "epochs"),
-        "Accuracy over seconds, each repeat a line": draw(plot_curves, report, "s"),
-        "Cost of starting, cost per epoch": draw(plot_cost, report),
-    }
+    is_served = "break_even" not in report
+    if is_served:
+        names = ("p50_ms", "p99_ms", "images_per_second")
+        plots = {
+            f"{LATENCY[name][0]} over batch sizes, median and range": draw(
+                plot_latency, report, name
+            )
+            for name in names
+        }
+        plots["Throughput against latency, a point a batch size"] = draw(plot_throughput, report)
+    else:
+        plots = {
+            "Training speed: each repeat a dot, the bar the median": draw(plot_speed, report),
+            "Peak memory, medians": draw(plot_memory, report),
+            "Accuracy over epochs, each repeat a line": draw(plot_curves, report, "epochs"),
+            "Accuracy over seconds, each repeat a line": draw(plot_curves, report, "s"),
+            "Cost of starting, cost per epoch": draw(plot_cost, report),
+        }
     (folder / "report.svg").write_bytes(next(iter(plots.values())))
-    (folder / "report.png").write_bytes(draw(plot_speed, report, form="png"))
+    first = (plot_latency, report, "p50_ms") if is_served else (plot_speed, report)
+    (folder / "report.png").write_bytes(draw(*first, form="png"))
     write_csv(report, folder / "report.csv")
     pictures = {title: base64.b64encode(plot).decode() for title, plot in plots.items()}
     loader = jinja2.FileSystemLoader(ROOT / "harness")
@@ -1008,12 +1168,13 @@ def run_comparison(config, work, console):
     if fixed := list_flags(work) & {"results-path", "keras-backend"}:
         raise BadInput(f"--{min(fixed)} cannot stand after --; use --results-path or --backends")
     entries = choose_entries(config)
-    comparison, path = choose_comparison(entries, config, work or DEFAULT_WORK)
-    plan = create_plan(entries, config, work or DEFAULT_WORK, path, comparison)
+    work = work or ([] if serves(config) else DEFAULT_WORK)
+    comparison, path = choose_comparison(entries, config, work)
+    plan = create_plan(entries, config, work, path, comparison)
     if config.dry_run:
         print("\n".join(shlex.join(run["command"]) for run in plan))
         return 0
-    check_parity(entries, config, work or DEFAULT_WORK, path, comparison)
+    check_parity(entries, config, work, path, comparison)
     if not measure(plan, path, config, console):
         return 130
     return 1 if report_on([path], config, console, comparison)["failed"] else 0

@@ -220,8 +220,9 @@ def describe_load(report):
 def measure_each(config, flags, model_flags):
     """A child for each batch size. Returns the exit code of the first that failed, else 0."""
     table, codes = Table(), []
+    run = os.environ.get("VIT_RECORD_ID") or uuid.uuid4().hex  # a comparison names its runs
     for size in config.batch_sizes:
-        name = uuid.uuid4().hex
+        name = f"{run}~{size}"
         words = [*flags, f"--results-path={config.results_path}", "--no-verbose"]
         words += ["--batch-sizes", str(size), "--", *model_flags]
         codes.append(
