@@ -1013,7 +1013,10 @@ def plot_latency(axes, report, name):
         axes.plot(sizes, [cell["median"] for cell in cells], label=label, **look(index))
         spread = ([cell[end] for cell in cells] for end in ("low", "high"))
         axes.fill_between(sizes, *spread, alpha=0.2, color=look(index)["color"])
+    sizes = sorted({int(key.split()[0]) for key in report["cells"]})
     axes.set(xlabel="batch size", ylabel=LATENCY[name][0], xscale="log", yscale="log")
+    axes.set_xticks(sizes, sizes)
+    axes.minorticks_off()
 
 
 def plot_throughput(axes, report):

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from harness import environment, record
+from harness import ending, environment, record
 from harness.cli import ConfigError, check_writable, fail, list_flags, parse, refuse
 
 NATIVE = ("vit-b16", "resnet50")  # models that peers/ holds by hand
@@ -230,6 +230,7 @@ def measure_each(config, flags, model_flags):
                 [sys.executable, __file__, *words],
                 env={**os.environ, "VIT_RECORD_ID": name},
                 stdin=subprocess.DEVNULL,
+                preexec_fn=ending.end_with_parent,
             ).returncode
         )
         if codes[-1] == 2:  # refused, as the others would be

@@ -39,7 +39,7 @@ from typing import Literal
 
 import numpy as np
 
-from harness import environment, record, telemetry
+from harness import ending, environment, record, telemetry
 from harness.cli import check_writable, fail, list_flags, parse, refuse
 
 BACKENDS = {"jax": "jax", "torch": "pytorch"}  # and {image} of the launcher
@@ -246,7 +246,11 @@ def observe_all(config, flags, model_flags):
             words += ["--equal", str(files[0])] if path != files[0] else []
             if config.verbose:
                 print(f"{backend} computes ...", file=sys.stderr, flush=True)
-            done = subprocess.run([*start, *words, "--", *model_flags], stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                [*start, *words, "--", *model_flags],
+                stdin=subprocess.DEVNULL,
+                preexec_fn=ending.end_with_parent,
+            )
             if done.returncode:
                 return done.returncode if done.returncode > 0 else 128 - done.returncode
         return judge(files, config)
@@ -279,7 +283,7 @@ if __name__ == "__main__":
 
 import latency  # noqa: E402
 import vit  # noqa: E402
-from harness import ending, engine  # noqa: E402
+from harness import engine  # noqa: E402
 from vit import keras  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------
@@ -295,16 +299,20 @@ class KeepGradients(keras.optimizers.AdamW):
 
 
 def observe_layers(model, pixels):
-    """{name: output} of each layer at inference, in the model's order, for one batch."""
-    layers = [layer for layer in model.layers if isinstance(layer.output, keras.KerasTensor)]
+    """{name: output} of each layer at inference, in the model's order, for one batch. Layers of a
+    model within come where it stands; it gets what the layer before it gives."""
+    layers = [layer for layer in model.layers if not isinstance(layer, keras.Model)]
     probe = keras.Model(model.inputs, [layer.output for layer in layers])
     outputs = engine.compile_function(lambda x: probe(x, training=False))(pixels)
-    found = {}
-    for index, (layer, output) in enumerate(zip(layers, outputs)):
-        if isinstance(layer, keras.Model):  # what comes before it is what it gets
-            found |= observe_layers(layer, keras.ops.convert_to_numpy(outputs[index - 1]))
+    outputs, last, found = iter(outputs), pixels, {}
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            inner = observe_layers(layer, last)
+            inner = {name.partition(" ")[2]: output for name, output in inner.items()}
         else:
-            found[f"{len(found):03d} {layer.name}"] = to_float(output)
+            inner = {layer.name: to_float(next(outputs))}
+        for name, last in inner.items():
+            found[f"{len(found):03d} {name}"] = last
     return found
 
 

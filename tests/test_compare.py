@@ -373,6 +373,85 @@ def test_a_flag_is_taken_out_of_words():
     assert compare.take_flag(["--b", "2"], "--precision") == (None, ["--b", "2"])
 
 
+# ---- Serving
+
+
+def serve(backend, repeat, size, p50, **changes):
+    """A record as latency.py leaves it, one batch size of a run"""
+    timing = {"p50_seconds": p50, "p99_seconds": 2 * p50, "images_per_second": size / p50}
+    timing |= {"copy_seconds": 1e-4, "compile_seconds": 3.0}
+    record = records.create_record(
+        "latency",
+        id=f"0a1b2c3d-20260101T000000-r{repeat}-{backend}~{size}",
+        status="ok",
+        backend=backend,
+        precision="float32",
+        config={"model": "vit", "batch_size": size, "batch_sizes": [size], "precision": "float32"},
+        device={"kind": "cpu", "name": "x", "node_name": "node"},
+        timing=timing,
+        memory={"host_peak_bytes": size * 2**20, "device_peak_bytes": None},
+        energy={"joules_per_image": None},
+        notes=["energy: no sensor", "memory.device_peak_bytes: on the CPU"],
+    )
+    return record | changes
+
+
+def serve_both(**torch_changes):
+    """Three repeats: at batch 1 torch is as fast, at batch 8 twice as fast"""
+    items = []
+    for repeat, noise in ((1, 1.0), (2, 1.1), (3, 0.9)):
+        items += [serve("jax", repeat, 1, 0.010), serve("jax", repeat, 8, 0.040 * noise)]
+        items += [serve("torch", repeat, 1, 0.010 * noise)]
+        items += [serve("torch", repeat, 8, 0.020 * noise, **torch_changes)]
+    return items
+
+
+def test_serving_is_reported_by_batch_size(bench):
+    report = report_on(serve_both())
+    assert report["labels"] == ["jax", "torch"] and not report["warnings"]
+    assert report["cells"]["8 p50_ms"][1]["lines"] == ["20.0 (18.0–22.0)", "0.50 times (0.50–0.50)"]
+    assert "no difference shown" in report["cells"]["1 images_per_second"][1]["lines"][1]
+    titles = [row["title"] for row in report["rows"]]
+    assert titles[1:3] == ["batch 1: p50, ms", "batch 1: p99, ms"]
+    assert not any("energy" in title or "device memory" in title for title in titles)
+    assert report["sentence"].endswith(
+        "; batch 8: torch serves 2.00 times as many images/s as jax (2.00–2.00)"
+    )
+    compare.write_report(report, bench / "out")
+    page = (bench / "out/report.html").read_text()
+    assert page.count("<img") == 4 and "batch 8: images/s" in page
+    assert "over batch sizes" in page and report["parity"] in page
+
+
+def test_a_batch_that_failed_is_not_measured():
+    error = {"status": "oom", "error": "out of memory: lower --batch-sizes 8"}
+    report = report_on(serve_both(**error))
+    assert report["rows"][0]["cells"][1]["lines"] == ["3 of 3"]  # batch 1 did run
+    cell = report["cells"]["8 p50_ms"][1]
+    assert cell["median"] is None and cell["reason"] == "batch 8: oom"
+    assert report["sentence"].count("batch") == 1
+
+
+def test_serving_by_hand_without_a_comparison_is_paired_in_its_order():
+    items = [item | {"id": f"{n:032x}~8"} for n, item in enumerate(serve_both())]
+    report = report_on(items)
+    assert report["cells"]["8 p50_ms"][1]["versus"]["pairs"] == 3
+    assert any("did not run interleaved" in line for line in report["warnings"])
+
+
+def test_serving_commands(bench, capsys):
+    (bench / "latency.py").touch()
+    arguments = ("--script", "latency.py", "--entries", "jax", "native-torch:--iterations=9")
+    work = ("--", "--batch-sizes", "1", "--", "--recipe", "tiny")
+    assert run_main(*arguments, "--repeats", 1, "--dry-run", *work) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("--keras-backend jax --seed 1 --batch-sizes 1 -- --recipe tiny")
+    expected = (
+        "--keras-backend torch --native --seed 1 --batch-sizes 1 --iterations=9 -- --recipe tiny"
+    )
+    assert second.endswith(expected) and "latency.py" in second and "peers" not in second
+
+
 def test_two_machines_side_by_side(bench, capsys):
     ours = write_file(bench / "a.jsonl", pair_up())
     theirs = pair_up(2, device__node_name="orin")[1::2]
