@@ -15,10 +15,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "torch")
 # A model that trains in seconds; the flags of every run that is not about the default model.
+MODEL = (
+    *("--image-size=32", "--patch-size=8", "--projection-dim=32", "--num-heads=2"),
+    *("--transformer-layers=1", "--mlp-head-units=64"),
+)
 SMALL = (
     *("--dataset=synthetic", "--train-images=400", "--test-images=100", "--num-epochs=1"),
-    *("--batch-size=50", "--image-size=32", "--patch-size=8", "--projection-dim=32"),
-    *("--num-heads=2", "--transformer-layers=1", "--mlp-head-units=64"),
+    *("--batch-size=50", *MODEL),
 )
 
 

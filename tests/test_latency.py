@@ -5,12 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, child_environment, run_code
+from conftest import MODEL, ROOT, child_environment, run_code
 
 from harness import record
 
-MODEL = ("--image-size=32", "--patch-size=8", "--projection-dim=32", "--num-heads=2")
-MODEL += ("--transformer-layers=1", "--mlp-head-units=64")
 QUICK = ("--iterations=20", "--warmup=2")
 
 

@@ -4,11 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL, child_environment, run_code
+from conftest import MODEL, ROOT, SMALL, child_environment, run_code
 
 from harness import record
 
-MODEL = [*SMALL[[flag.partition("=")[0] for flag in SMALL].index("--image-size") :]]
 # One dense kernel is square, so that it can be transposed.
 SQUARE = [*MODEL, "--mlp-head-units", "64", "64"]
 

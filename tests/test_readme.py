@@ -7,9 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL, child_environment
-
-MODEL = SMALL[[flag.partition("=")[0] for flag in SMALL].index("--image-size") :]
+from conftest import MODEL, ROOT, SMALL, child_environment
 
 TEXT = (ROOT / "README.md").read_text()
 LINES = [
