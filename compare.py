@@ -186,9 +186,8 @@ def create_plan(entries, config, work, path, comparison):
             flags += ["--native"] if is_native and is_served else []
             flags += [] if "use-wandb" in given or is_served else ["--no-use-wandb"]
             flags += [] if "seed" in given else ["--seed", str(repeat)]
-            split = (
-                work.index("--") if "--" in work else len(work)
-            )  # flags of a model that is served
+            # After a -- among them are flags of a model that is served.
+            split = work.index("--") if "--" in work else len(work)
             flags += [*work[:split], *entry["flags"], *work[split:]]
             command = [*start, "--results-path", str(path), *flags]
             plan.append({**entry, "repeat": repeat, "id": record_id, "command": command})
@@ -354,7 +353,7 @@ def take_flag(words, name):
     return value, rest
 
 
-def check_parity(entries, config, work, path, comparison):
+def check_parity(entries, config, work, path, comparison, console):
     """Has parity.py compare the backends among the entries; its record joins the runs'. Where it
     could not, a record says so. Raises KeyboardInterrupt"""
     names = {entry["name"] for entry in entries}
@@ -372,6 +371,7 @@ def check_parity(entries, config, work, path, comparison):
         command += ["--model", take_flag(flags[:split], "--model")[0] or "vit", "--steps", "0"]
         flags = flags[split + 1 :]
     command += ["--", *flags]
+    console.print(f"first, whether {' and '.join(backends)} compute the same (see --no-parity)")
     returncode, last_line, interrupted = run_child(command, record_id, config.verbose)
     if interrupted:
         raise KeyboardInterrupt
@@ -531,7 +531,7 @@ def group_records(found):
     kind = find_kind(found)
     found = [item for item in latest.values() if item["kind"] == kind]
     if not found:
-        raise BadInput("expected records of kind train, got none; vit.py writes some")
+        raise BadInput("expected records of kind train or latency, got none; vit.py writes some")
     datasets = sorted({str(dig(r, "config.dataset")) for r in found if dig(r, "config.dataset")})
     if len(datasets) > 1:
         names = " and ".join(datasets)
@@ -674,9 +674,8 @@ def collect_notes(entries):
 def compare_entries(entry, reference, key, target=None):
     """compare_pairs over the pairs of runs that both have the value, None if there are none"""
     pairs = match_pairs(entry, reference)[0]
-    if key.endswith(
-        "joules_per_image"
-    ):  # a board's counter and a SoC's rails measure different things
+    if key.endswith("joules_per_image"):
+        # A board's counter and a SoC's rails measure different things.
         pairs = [p for p in pairs if len({dig(item, "energy.source") for item in p}) == 1]
     values = [[get_metric(item, key, target)[0] for item in pair] for pair in pairs]
     values = np.array([pair for pair in values if None not in pair], float).reshape(-1, 2)
@@ -1177,7 +1176,7 @@ def run_comparison(config, work, console):
     if config.dry_run:
         print("\n".join(shlex.join(run["command"]) for run in plan))
         return 0
-    check_parity(entries, config, work, path, comparison)
+    check_parity(entries, config, work, path, comparison, console)
     if not measure(plan, path, config, console):
         return 130
     return 1 if report_on([path], config, console, comparison)["failed"] else 0

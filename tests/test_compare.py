@@ -723,8 +723,8 @@ def write_empty(path):
     return [path]
 
 
-def write_latency(path):
-    return [write_file(path, [records.create_record("latency", status="ok")])]
+def write_parity(path):
+    return [write_file(path, [records.create_record("parity", status="ok")])]
 
 
 BAD_INPUT = [
@@ -745,7 +745,7 @@ BAD_INPUT = [
     (write_empty, "empty file"),
     (write_newer, "newer than this program's"),
     (write_mixed, "expected one dataset, got cifar100 and synthetic"),
-    (write_latency, "expected records of kind train, got none"),
+    (write_parity, "expected records of kind train or latency, got none"),
 ]
 
 
