@@ -60,7 +60,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from harness import tracking
-from harness.cli import list_flags
+from harness.cli import list_flags, split_words
+from harness.ending import KILLED
 from harness.record import (
     KEYS,
     RecordError,
@@ -158,7 +159,8 @@ def choose_entries(config):
     labels = [entry["label"] for entry in entries]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise BadInput(f"entry {twice[0]!r} is there twice; --repeats gives more runs of each")
-    check_reference(config.reference, labels)
+    # Rows of latency.py --export become entries of their own.
+    check_reference(re.sub("[: ]--export=.*", "", config.reference), labels)
     return entries
 
 
@@ -187,10 +189,13 @@ def create_plan(entries, config, work, path, comparison):
             flags += [] if "use-wandb" in given or is_served else ["--no-use-wandb"]
             flags += [] if "seed" in given else ["--seed", str(repeat)]
             # After a -- among them are flags of a model that is served.
-            split = work.index("--") if "--" in work else len(work)
-            flags += [*work[:split], *entry["flags"], *work[split:]]
+            before, after = split_words(work)
+            flags += [*before, *entry["flags"], *(["--", *after] if after else [])]
             command = [*start, "--results-path", str(path), *flags]
-            plan.append({**entry, "repeat": repeat, "id": record_id, "command": command})
+            kind = "latency" if is_served else "train"
+            plan.append(
+                {**entry, "repeat": repeat, "id": record_id, "kind": kind, "command": command}
+            )
     return plan
 
 
@@ -200,8 +205,8 @@ def serves(config):
 
 def parse_id(record_id):
     """`1a2b3c4d-20260131T120000-r2-jax` -> (comparison, 2, "jax"); any other id -> None. At the end
-    of latency.py's stands a batch size, `~8`"""
-    match = re.fullmatch(r"([0-9a-f]{8}-\d{8}T\d{6})-r(\d+)-(.+?)(~\d+)?", record_id)
+    of latency.py's stand a batch size and perhaps a runtime, `~8` or `~8~onnx`"""
+    match = re.fullmatch(r"([0-9a-f]{8}-\d{8}T\d{6})-r(\d+)-(.+?)(~\d+(~.+)?)?", record_id)
     return match and (match[1], int(match[2]), urllib.parse.unquote(match[3]))
 
 
@@ -299,20 +304,29 @@ def measure_run(run, path, verbose):
     if interrupted:
         status, error = "interrupted", "stopped before it wrote a record"
     elif returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        status, error = "oom", "killed (SIGKILL), most likely because memory ran out"
+        status, error = "oom", KILLED
     elif found:
         error = f"its record has the id {found[-1]['id']} instead of VIT_RECORD_ID's"
-    record = create_record("train", id=run["id"], status=status, error=error, started=started)
+    record = create_record(run["kind"], id=run["id"], status=status, error=error, started=started)
     record |= {"argv": run["command"], "backend": run["name"]}
     record["notes"].append("precision: the run left no record")
     append_record(path, record)
     return record, interrupted
 
 
+def find_done(found):
+    """Ids of the runs that are complete: of latency.py's, those whose every row is ok"""
+    rows, ok = {}, collections.defaultdict(set)
+    for item in found:
+        run = item["id"].partition("~")[0]
+        rows[run] = item["config"].get("rows") or 1
+        ok[run] |= {item["id"]} if item["status"] == "ok" else set()
+    return {run for run in rows if len(ok[run]) >= rows[run]}
+
+
 def measure(plan, path, config, console):
     """Runs what is not done yet, one line a run; returns whether it came to the end"""
-    records = load(path, new=True)[0]
-    done = {item["id"].partition("~")[0] for item in records if item["status"] == "ok"}
+    done = find_done(load(path, new=True)[0])
     todo = [run for run in plan if run["id"] not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(todo)} runs of {len(plan)} to do, into {path}")
@@ -367,9 +381,8 @@ def check_parity(entries, config, work, path, comparison, console):
     command += ["--precision", precision or "float32", "--results-path", str(path)]
     command += ["--launcher", config.launcher, "--no-verbose"]
     if serves(config):
-        split = flags.index("--") if "--" in flags else len(flags)
-        command += ["--model", take_flag(flags[:split], "--model")[0] or "vit", "--steps", "0"]
-        flags = flags[split + 1 :]
+        own, flags = split_words(flags)
+        command += ["--model", take_flag(own, "--model")[0] or "vit", "--steps", "0"]
     command += ["--", *flags]
     console.print(f"first, whether {' and '.join(backends)} compute the same (see --no-parity)")
     returncode, last_line, interrupted = run_child(command, record_id, config.verbose)
@@ -472,15 +485,17 @@ METRICS = {  # key: (title with unit, how entries are compared, field or functio
     "test_accuracy_percent": ("test accuracy, %", "difference", "quality.test_accuracy", 100),
     "test_top5_percent": ("test top-5, %", "difference", "quality.test_top5_accuracy", 100),
 }
-LATENCY = {  # what is shown of each batch size: title with unit, field, scale
-    "p50_ms": ("p50, ms", "timing.p50_seconds", 1e3),
-    "p99_ms": ("p99, ms", "timing.p99_seconds", 1e3),
-    "images_per_second": ("images/s", "timing.images_per_second", 1),
-    "copy_ms": ("copy to the device, ms", "timing.copy_seconds", 1e3),
-    "compile_seconds": ("compiling, s", "timing.compile_seconds", 1),
-    "device_peak_mib": ("peak device memory, MiB", "memory.device_peak_bytes", 2**-20),
-    "host_peak_mib": ("peak host memory, MiB", "memory.host_peak_bytes", 2**-20),
-    "joules_per_image": ("energy, J/image", "energy.joules_per_image", 1),
+LATENCY = {  # the same of each batch size
+    "p50_ms": ("p50, ms", "ratio", "timing.p50_seconds", 1e3),
+    "p99_ms": ("p99, ms", "ratio", "timing.p99_seconds", 1e3),
+    "images_per_second": ("images/s", "ratio", "timing.images_per_second", 1),
+    "copy_ms": ("copy to the device, ms", "ratio", "timing.copy_seconds", 1e3),
+    "compile_seconds": ("compiling, s", "ratio", "timing.compile_seconds", 1),
+    "device_peak_mib": ("peak device memory, MiB", "ratio", "memory.device_peak_bytes", 2**-20),
+    "host_peak_mib": ("peak host memory, MiB", "ratio", "memory.host_peak_bytes", 2**-20),
+    "joules_per_image": ("energy, J/image", "ratio", "energy.joules_per_image", 1),
+    "file_mb": ("file, MB", "ratio", "model.bytes_on_disk", 1e-6),
+    "test_accuracy_percent": ("test accuracy, %", "difference", "quality.test_accuracy", 100),
 }
 
 
@@ -499,9 +514,9 @@ def find_metric(key):
     if key in METRICS:
         return METRICS[key]
     size, _, name = key.partition(" ")
-    title, dotted, scale = LATENCY[name]
+    title, how, dotted, scale = LATENCY[name]
     get = functools.partial(get_batch, size=int(size), dotted=dotted, scale=scale)
-    return f"batch {size}: {title}", "ratio", get, None
+    return f"batch {size}: {title}", how, get, None
 
 
 def get_metric(record, key, target=None):
@@ -517,6 +532,7 @@ def get_metric(record, key, target=None):
 
 NOT_WORK = re.compile(r"(^|_)(seed|wandb|path|dir|node|backend|run|project|entity|verbose)(_|$)")
 NOT_SERVED = {"batch_size", "batch_sizes", "data_format", "native", "list_models"}
+NOT_SERVED |= {"runtime", "rows"}
 
 
 def group_records(found):
@@ -539,6 +555,9 @@ def group_records(found):
     rows, known = [], {}  # a run that died early has its siblings' configuration and node
     for item in sorted(found, key=lambda item: item["started"]):
         name = parse_id(item["id"]) or ("", 0, item["backend"] or "unknown")
+        if name[0] and item["config"].get("runtime", "compiled") != "compiled":
+            mark = " " if ":" in name[2] else ":"
+            name = (*name[:2], f"{name[2]}{mark}--export={item['config']['runtime']}")
         config = {k: v for k, v in item["config"].items() if not NOT_WORK.search(k)}
         config = {k: v for k, v in config.items() if kind == "train" or k not in NOT_SERVED}
         work = tuple(sorted((key, json.dumps(value)) for key, value in config.items()))
@@ -580,7 +599,7 @@ def merge_batch(runs, comparison, repeat, item):
     repeat = repeat or 1 + sum(size in run["batches"] for run in runs.values())
     run = runs.setdefault((comparison, repeat), item | {"batches": {}})
     run["batches"][size] = item
-    if item["status"] == "ok" != run["status"]:
+    if item["status"] == "ok" and run["status"] != "ok":
         run |= {key: item[key] for key in ("status", "error", "model", "precision", "device")}
 
 
@@ -603,18 +622,18 @@ DERIVED = {"model.parameters", "model.flops_per_image", "quality.data_fingerprin
 HARMLESS = {"precision", "trainer", "jit-compile"}  # flags that leave the derived fields alone
 
 
-def check_fairness(entries, reference):
+def check_fairness(entries, reference, is_served):
     """(warnings, what differs by an entry's own flags, names of the fields that are unequal)"""
     warnings, deliberate, unequal = [], [], []
     fields = SAME.split()
-    if any("batches" in run for entry in entries for run in entry["runs"].values()):
+    if is_served:
         fields = [dotted for dotted in fields if dotted.partition(".")[0] in SERVED]
     if len({entry["node"] for entry in entries}) > 1:
         warnings.append("different machines: the ratios compare machines as well")
         fields = [dotted for dotted in fields if not dotted.startswith("device.")]
     entries = [entry for entry in entries if entry["ok"]]
     config = {key for entry in entries for item in entry["ok"].values() for key in item["config"]}
-    config -= {"precision"} if fields == SAME.split() else {"precision", *NOT_SERVED}
+    config -= {"precision", *NOT_SERVED} if is_served else {"precision"}
     config = {f"config.{key}" for key in config if not NOT_WORK.search(key)}
     optional = OPTIONAL | config - set(fields)
     common = set.intersection(*(set(entry["ok"]) for entry in entries)) if entries else ()
@@ -730,11 +749,12 @@ def create_report(found, config, warnings=()):
         title = title.format(config.target_accuracy or 0)
         rows.append({"key": key, "title": title, "how": how, "cells": made})
     report = {"entries": entries, "labels": labels, "reference": reference, "cells": cells}
+    report["is_served"] = is_served
     if not is_served:
         report["break_even"] = describe_break_even(report)
         lines = [{"lines": [text]} for _, text in report["break_even"]]
         rows.insert(4, {"key": "", "title": "break-even with the reference", "cells": lines})
-    fairness, deliberate, unequal = check_fairness(entries, reference)
+    fairness, deliberate, unequal = check_fairness(entries, reference, is_served)
     report["parity"], is_broken = describe_parity(found)
     fairness += [report["parity"]] if is_broken else []
     unequal += ["what they compute"] if is_broken else []
@@ -1083,8 +1103,7 @@ def write_report(report, folder):
     import jinja2
 
     folder.mkdir(parents=True, exist_ok=True)
-    is_served = "break_even" not in report
-    if is_served:
+    if report["is_served"]:
         names = ("p50_ms", "p99_ms", "images_per_second")
         plots = {
             f"{LATENCY[name][0]} over batch sizes, median and range": draw(
@@ -1102,7 +1121,7 @@ def write_report(report, folder):
             "Cost of starting, cost per epoch": draw(plot_cost, report),
         }
     (folder / "report.svg").write_bytes(next(iter(plots.values())))
-    first = (plot_latency, report, "p50_ms") if is_served else (plot_speed, report)
+    first = (plot_latency, report, "p50_ms") if report["is_served"] else (plot_speed, report)
     (folder / "report.png").write_bytes(draw(*first, form="png"))
     write_csv(report, folder / "report.csv")
     pictures = {title: base64.b64encode(plot).decode() for title, plot in plots.items()}
@@ -1185,8 +1204,8 @@ def run_comparison(config, work, console):
 def main(argv=None):
     """Returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted"""
     argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    config, work = tyro.cli(CompareConfig, args=argv[:split]), argv[split + 1 :]
+    own, work = split_words(argv)
+    config = tyro.cli(CompareConfig, args=own)
     console = Console(highlight=False, markup=False, emoji=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
     try:

@@ -40,7 +40,7 @@ from typing import Literal
 import numpy as np
 
 from harness import ending, environment, record, telemetry
-from harness.cli import check_writable, fail, list_flags, parse, refuse
+from harness.cli import check_writable, fail, parse_split, refuse
 
 BACKENDS = {"jax": "jax", "torch": "pytorch"}  # and {image} of the launcher
 # What rounding may do, with some room; by how much it did is in results/README.md.
@@ -89,17 +89,6 @@ class ParityConfig:
             (self.batch_size < 2, f"--batch-size: expected 2 or more, got {self.batch_size}"),
             (self.steps < 0, f"--steps: expected 0 or more, got {self.steps}"),
         )
-
-
-def parse_words(argv):
-    """(ParityConfig, its flags, vit.py's flags) from a command line; ends the process on --help
-    and on errors."""
-    split = argv.index("--") if "--" in argv else len(argv)
-    flags, model_flags = argv[:split], argv[split + 1 :]
-    config = parse(ParityConfig, flags, __doc__.split("\n\n")[0])
-    if misplaced := sorted(list_flags(model_flags) & {"precision", "results-path"}):
-        fail(f"--{misplaced[0]}: expected before --")
-    return config, flags, model_flags
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,7 +262,9 @@ def main(config, flags, model_flags):
 
 if __name__ == "__main__":
     environment.read_dotenv()
-    CONFIG, FLAGS, MODEL_FLAGS = parse_words(sys.argv[1:])
+    CONFIG, FLAGS, MODEL_FLAGS = parse_split(
+        ParityConfig, sys.argv[1:], __doc__.split("\n\n")[0], own=("precision", "results_path")
+    )
     check_writable(results_path=CONFIG.results_path)
     if not CONFIG.observed:
         sys.exit(main(CONFIG, FLAGS, MODEL_FLAGS))
@@ -379,23 +370,15 @@ def write_observed(config, model_flags):
     """Compute on this backend, and write the file. Raises WeightsError, ConfigError, Unreadable."""
     machine = telemetry.describe_machine()
     precision = vit.settle_device(config)
-    versions = telemetry.read_versions(engine.BACKEND)
-    notes = [*machine.pop("notes"), *versions.pop("notes")]
-    name = engine.gpu_name()
-    machine |= {"kind": "gpu" if name else "cpu", "node_name": config.node_name}
-    machine["name"] = name or machine["cpu_name"]
+    report = vit.begin_record("parity", dataclasses.asdict(config), machine, precision)
     given = read_observed(config.equal)[1] if config.equal else None
     choices = {"keras_backend": engine.BACKEND, "data_format": "channels_last"}
     model = latency.create_model(latency.LatencyConfig(model=config.model, **choices), model_flags)
     facts = {
-        "backend": engine.BACKEND,
-        "precision": precision,
+        **{key: report[key] for key in ("backend", "precision", "device", "versions", "notes")},
         "model": config.model,
         "flags": model_flags,
         "parameters": latency.count_parameters(model),
-        "device": machine,
-        "versions": versions,
-        "notes": notes,
     }
     arrays = observe(model, config, given)
     with open(config.observed, "wb") as file:  # np.savez would add a suffix

@@ -47,7 +47,8 @@ import rich.box
 from rich.console import Console
 from rich.table import Column, Table
 
-from harness.cli import fail, list_flags, parse
+from harness.cli import fail, list_flags, parse_split
+from harness.ending import KILLED
 from harness.record import RecordError, dig, read_records, reason_for
 
 try:
@@ -210,8 +211,8 @@ class Runner:
                 stop_child(child)
             told = Path(folder, "stderr").read_text(errors="replace").strip()
         failure = "error", told.split("\n")[-1] or "it left neither record nor message"
-        if child.returncode == -signal.SIGKILL:  # by the kernel: it leaves the child no word
-            failure = "oom", "killed (SIGKILL), most likely because memory ran out"
+        if child.returncode == -signal.SIGKILL:
+            failure = "oom", KILLED
         return values, is_pruned, failure
 
 
@@ -428,8 +429,7 @@ def run_sweep(config, work, console):
 def main(argv=None):
     """Returns the exit code; those are listed at the top"""
     argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    config, work = parse(SweepConfig, argv[:split], __doc__.split("\n\n")[0]), argv[split + 1 :]
+    config, _, work = parse_split(SweepConfig, argv, __doc__.split("\n\n")[0], own=())
     console = Console(highlight=False, markup=False, emoji=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)

@@ -76,6 +76,26 @@ def list_flags(words):
     return {name.removeprefix("no-") for name in names}
 
 
+def split_words(words):
+    """(what stands before the first --, what stands after it)"""
+    split = words.index("--") if "--" in words else len(words)
+    return words[:split], words[split + 1 :]
+
+
+def parse_split(kind, argv, description, own=None):
+    """(an instance of the dataclass `kind`, its flags, another program's flags, which stand after
+    a --) from a command line; ends the process on --help and on errors.
+
+    own: fields, those of `kind` if None, whose flags are refused after the --.
+    """
+    flags, others = split_words(argv)
+    config = parse(kind, flags, description)
+    own = [field.name for field in dataclasses.fields(kind)] if own is None else own
+    if misplaced := sorted(list_flags(others) & {field.replace("_", "-") for field in own}):
+        fail(f"--{misplaced[0]}: expected before --")
+    return config, flags, others
+
+
 def parse(kind, argv, description, presets=None):
     """An instance of the dataclass `kind` from a command line; ends the process on --help and on
     errors.

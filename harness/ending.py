@@ -16,6 +16,7 @@ OUT_OF_MEMORY = (  # each framework words it in its own way
     *("not enough memory", "OOM when allocating"),
     "NVML_SUCCESS == r INTERNAL ASSERT",  # PyTorch's on a Jetson that has no memory left
 )
+KILLED = "killed (SIGKILL), most likely because memory ran out"  # it leaves a process no word
 
 
 class Terminated(BaseException):

@@ -104,8 +104,7 @@ def wait(array):
     """Wait until a device's array is computed; returns it."""
     if BACKEND == "jax":
         return jax.block_until_ready(array)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return array
 
 
@@ -190,16 +189,18 @@ def compile_function(function):
 def compile_forward(model, is_frozen=False):
     """Compile inference: a function from a batch of pixels, NumPy or device, to device logits.
 
-    is_frozen: the weights stay as they are when a batch size comes for the first time. On PyTorch
-        what is made of weights alone, such as kernels in its own layout, is then made once.
+    is_frozen: the weights stay as they are now. On PyTorch what is made of weights alone, such as
+        kernels in its own layout, is then made once.
     """
+    groups = model.trainable_variables, model.non_trainable_variables
+
+    def read_weights():
+        return [[v.value for v in group] for group in groups]
+
+    read = partial(lambda weights: weights, read_weights()) if is_frozen else read_weights
     if BACKEND == "jax":
         forward = jax.jit(lambda *state_and_x: model.stateless_call(*state_and_x)[0])
-        return lambda x: forward(
-            [v.value for v in model.trainable_variables],
-            [v.value for v in model.non_trainable_variables],
-            x,
-        )
+        return lambda x: forward(*read(), x)
     compiled = {}
 
     @torch.no_grad()
@@ -208,11 +209,11 @@ def compile_forward(model, is_frozen=False):
         if x.shape not in compiled:
             compiled[x.shape] = _compile_torch(
                 lambda state, x: [model.stateless_call(*state, x)[0]],
-                _torch_weights(model),
+                read(),
                 x,
                 freeze=is_frozen,
             )
-        return compiled[x.shape](_torch_weights(model), x)[0]
+        return compiled[x.shape](read(), x)[0]
 
     return forward
 
@@ -414,13 +415,6 @@ def _update_metrics(model, x, y, outputs, loss):
     tracker = next(metric for metric in model.metrics if metric.name == "loss")
     tracker.update_state(loss, sample_weight=y.shape[0])
     return model.compute_metrics(x, y, outputs)
-
-
-def _torch_weights(model):
-    return (
-        [v.value for v in model.trainable_variables],
-        [v.value for v in model.non_trainable_variables],
-    )
 
 
 def _compile_torch(function, *arguments, freeze=False):

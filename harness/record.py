@@ -77,6 +77,7 @@ MEASURED["latency"] = {
     "memory": MEASURED["train"]["memory"],
     "energy": MEASURED["train"]["energy"],
 }
+MEASURED["parity"] = {"model": ("parameters",)}  # and what a comparison of backends finds
 MEASURED["pretrain"] = {  # the same, but that nothing is classified
     **MEASURED["train"],
     "timing": tuple(name for name in MEASURED["train"]["timing"] if name != "evaluation_seconds"),

@@ -40,14 +40,10 @@ def child_environment(folder, **changes):
     return environment | {"PYTHONPATH": str(ROOT)} | changes
 
 
-def run_vit(folder, *flags, backend="jax", wandb=False, script="vit.py", **environment):
-    """Run vit.py, or a script with its flags, in `folder`; the finished process, output as text."""
-    command = [sys.executable, str(ROOT / script), f"--keras-backend={backend}", *flags]
-    command += [] if wandb else ["--no-use-wandb"]
-    if not any(flag.startswith("--checkpoint-path") for flag in flags):
-        command.append(f"--checkpoint-path={folder / 'best.weights.h5'}")
+def run_python(folder, *words, **environment):
+    """Run Python in `folder`; the finished process, output as text."""
     return subprocess.run(
-        command,
+        [sys.executable, *map(str, words)],
         cwd=folder,
         env=child_environment(folder, **environment),
         capture_output=True,
@@ -55,22 +51,25 @@ def run_vit(folder, *flags, backend="jax", wandb=False, script="vit.py", **envir
     )
 
 
-def only_line(done):
+def run_vit(folder, *flags, backend="jax", wandb=False, script="vit.py", **environment):
+    """Run vit.py, or a script with its flags, as `run_python` does."""
+    words = [ROOT / script, f"--keras-backend={backend}", *flags]
+    words += [] if wandb else ["--no-use-wandb"]
+    if not any(flag.startswith("--checkpoint-path") for flag in flags):
+        words.append(f"--checkpoint-path={folder / 'best.weights.h5'}")
+    return run_python(folder, *words, **environment)
+
+
+def only_line(done, prefix="vit.py: error: "):
     """The one line that a refused command prints, without its prefix."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
-    return lines[0].removeprefix("vit.py: error: ")
+    return lines[0].removeprefix(prefix)
 
 
 def run_code(folder, backend, code):
     """Run Python on a backend, in a process of its own, with vit.py at hand; its printed JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=child_environment(folder, KERAS_BACKEND=backend),
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(folder, "-c", code, KERAS_BACKEND=backend)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -48,10 +48,14 @@ try:
 except KeyboardInterrupt:
     pass
 with open("ready.json") as file:
-    record = json.load(file)[name]
-record["id"] = "mine" if fate == "anonymous" else os.environ["VIT_RECORD_ID"]
-record["status"] = {"hang": "interrupted", "oom": "oom"}.get(fate, "ok")
-append_record(flags["--results-path"], record)
+    ready = json.load(file)[name]
+for record in ready if isinstance(ready, list) else [ready]:
+    record["id"] = "mine" if fate == "anonymous" else os.environ["VIT_RECORD_ID"]
+    record["id"] += f"~{record['config']['batch_size']}" if isinstance(ready, list) else ""
+    record["status"] = {"hang": "interrupted", "oom": "oom"}.get(fate, "ok")
+    append_record(flags["--results-path"], record)
+    if fate == "half":
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -450,6 +454,41 @@ def test_serving_commands(bench, capsys):
         "--keras-backend torch --native --seed 1 --batch-sizes 1 --iterations=9 -- --recipe tiny"
     )
     assert second.endswith(expected) and "latency.py" in second and "peers" not in second
+
+
+def test_resume_takes_up_a_run_that_lacks_a_batch_size(bench, monkeypatch, capsys):
+    (bench / "latency.py").write_text((bench / "child.py").read_text())
+    ready = {}
+    for name in ("jax", "torch"):
+        ready[f"{name}1"] = [serve(name, 1, size, 0.01) for size in (1, 8)]
+        for item in ready[f"{name}1"]:
+            item["config"]["rows"] = 2
+    (bench / "ready.json").write_text(json.dumps(ready))
+    monkeypatch.setenv("FATES", '{"torch1": "half", "jax1": "raise"}')
+    arguments = ("--script", "latency.py", "--backends", "jax", "torch", "--repeats", 1)
+    arguments = (*arguments, "--no-parity")
+    assert run_main(*arguments) == 1
+    shown = capsys.readouterr().out
+    assert "batch 1: " in shown and "images/s, s" not in shown  # a report on serving all the same
+    monkeypatch.setenv("FATES", "{}")
+    assert run_main(*arguments, "--resume") == 0
+    assert [name for name, _ in read_ran(bench)[2:]] == ["jax1", "torch1"]
+    assert run_main(*arguments, "--resume") == 0 and len(read_ran(bench)) == 4
+
+
+def test_exported_rows_are_entries_of_their_own():
+    items = []
+    for item in serve_both():
+        for runtime, share in (("compiled", 1.0), ("onnx", 0.5)):
+            timing = {k: v * share for k, v in item["timing"].items()}
+            config = item["config"] | {"runtime": runtime, "rows": 4}
+            made = {"id": f"{item['id']}~{runtime}", "timing": timing, "config": config}
+            items.append(item | made | {"quality": {"test_accuracy": 0.5}})
+    report = report_on(items, reference="torch:--export=onnx")
+    assert report["labels"] == ["jax", "jax:--export=onnx", "torch", "torch:--export=onnx"]
+    assert report["cells"]["8 p50_ms"][2]["lines"][1] == "2.00 times (2.00–2.00)"
+    assert report["cells"]["8 test_accuracy_percent"][2]["versus"]["estimate"] == 0
+    assert not report["warnings"]
 
 
 def test_two_machines_side_by_side(bench, capsys):

@@ -1,11 +1,8 @@
 """Parity: sound backends agree, a broken one is caught and its first wrong layer named."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import MODEL, ROOT, SMALL, child_environment, run_code
+from conftest import MODEL, ROOT, SMALL, run_code, run_python
 
 from harness import record
 
@@ -72,14 +69,8 @@ layers.LayerNormalization.build = build
 }
 
 
-def run_parity(folder, *flags, model_flags=()):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "parity.py"), *flags, "--", *model_flags],
-        cwd=folder,
-        env=child_environment(folder),
-        capture_output=True,
-        text=True,
-    )
+def run_parity(folder, *flags):
+    return run_python(folder, ROOT / "parity.py", *flags)
 
 
 def observe(folder, backend, name, patch="", equal=None):
@@ -116,16 +107,8 @@ def test_a_broken_backend_is_caught(reference, name):
 
 def test_a_comparison_asks_first_whether_the_backends_compute_the_same(tmp_path):
     work = [*SMALL, "--trainer=fit", f"--checkpoint-path={tmp_path / 'best.weights.h5'}"]
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "compare.py"), "--backends", "jax", "torch"),
-            *("--repeats=1", "--results-path=runs.jsonl", "--", *work),
-        ],
-        cwd=tmp_path,
-        env=child_environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
+    flags = ("--backends", "jax", "torch", "--repeats=1", "--results-path=runs.jsonl")
+    done = run_python(tmp_path, ROOT / "compare.py", *flags, "--", *work)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parity: jax and torch compute the same within float32's rounding" in done.stdout
     records, problems = record.read_records(tmp_path / "runs.jsonl")
