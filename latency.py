@@ -4,6 +4,7 @@
     python latency.py --keras-backend torch --batch-sizes 1 8 -- --recipe tiny
     python latency.py --model resnet50 --precision bfloat16  of ImageNet's shape, random weights
     python latency.py --model best.keras --iterations 500
+    python latency.py --model best.keras --export onnx openvino    in other runtimes, too
     python latency.py --load poisson --rate 20 --slo-ms 100  requests one by one, as users send them
     python latency.py --list-models
 
@@ -17,27 +18,40 @@ interpolated between the ordered iterations; images/s is a batch over the mean l
 --load a request's latency begins when it was due, copy, waiting for those before it and the way of
 its logits to the host included.
 
-Exit codes: those of vit.py; with several batch sizes that of the first that failed.
+With --export there are more rows, each a process, too: Keras' own `model.predict`, and the model as
+the file of each runtime named, made for the batch size. Their copy is what the host does before: it
+makes float32 of the pixels. Beside the times stand the file's size, the accuracy on the test images
+of --dataset, classified by the very function that was timed, and by how much logits are off Keras'
+own: the largest difference over the largest value.
+
+Exit codes: those of vit.py, and 7 where a runtime is not installed or does not take the model; with
+several rows that of the first that failed.
 """
 
 import dataclasses
 import importlib
+import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from harness import ending, environment, record
-from harness.cli import ConfigError, check_writable, fail, list_flags, parse, refuse
+from harness.cli import BUILT_IN, ConfigError, check_writable, fail, parse_split, refuse
+from harness.export import EXPORTS, count_bytes, export_model
 
 NATIVE = ("vit-b16", "resnet50")  # models that peers/ holds by hand
+CALIBRATED = 256  # training images by which the range of what becomes 8 bits is found
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -56,6 +70,10 @@ class LatencyConfig:
     weights: Path | None = None  # torchvision's, timm's or DeiT's, .pth or .safetensors
     native: bool = False  # instead of Keras' the model by hand, in the backend's own framework
     data_format: Literal["channels_last", "channels_first"] | None = None  # default: what is faster
+    export: tuple[Literal[("keras-int8", *EXPORTS)], ...] = ()  # rows beside the model's own
+    export_path: Path | None = None  # folder in which their files stay; default: they do not
+    dataset: str = "cifar100"  # that of vit.py whose test images --export classifies
+    test_images: int | None = None  # of these; default: all
     load: Literal["none", "uniform", "poisson"] = "none"  # requests at equal or random distances
     rate: float = 10.0  # requests a second
     seconds: float = 10.0  # of load
@@ -75,6 +93,11 @@ class LatencyConfig:
         if self.batch_sizes is None:
             self.batch_sizes = (1,) if self.load != "none" else (1, 8, 32, 128)
         sizes, is_loaded = self.batch_sizes, self.load != "none"
+        unsuited = [
+            name
+            for name, (_, needed, _) in EXPORTS.items()
+            if name in self.export and self.keras_backend not in needed
+        ]
         refuse(
             (
                 self.keras_backend not in ("jax", "torch"),
@@ -91,6 +114,23 @@ class LatencyConfig:
             (
                 self.native and self.model not in NATIVE,
                 f"--native: expected --model {' or '.join(NATIVE)}, got {self.model}",
+            ),
+            (
+                self.export and (self.native or self.precision != "float32"),
+                "--export: expected --precision float32, and no --native",
+            ),
+            (
+                unsuited,
+                f"--export {' '.join(unsuited)}: expected another --keras-backend than "
+                f"{self.keras_backend}",
+            ),
+            (
+                self.dataset not in BUILT_IN and not Path(self.dataset).is_dir(),
+                f"--dataset: expected {BUILT_IN[0]}, {BUILT_IN[1]} or a folder, got {self.dataset}",
+            ),
+            (
+                self.test_images is not None and self.test_images < 1,
+                f"--test-images: expected 1 or more, got {self.test_images}",
             ),
             (len(set(sizes)) < len(sizes), "--batch-sizes: expected each size once"),
             (self.iterations < 2, f"--iterations: expected 2 or more, got {self.iterations}"),
@@ -111,19 +151,19 @@ class LatencyConfig:
             ),
         )
 
+    def list_rows(self):
+        """[(batch size, runtime)]: what is measured, each in a process of its own."""
+        runtimes = ("compiled", "predict", *self.export) if self.export else ("compiled",)
+        return [(size, runtime) for size in self.batch_sizes for runtime in runtimes]
+
 
 def parse_words(argv):
-    """(LatencyConfig, its flags, vit.py's flags) from a command line; ends the process on --help
+    """(LatencyConfig, vit.py's flags) from a command line; ends the process on --help
     and on errors."""
-    split = argv.index("--") if "--" in argv else len(argv)
-    flags, model_flags = argv[:split], argv[split + 1 :]
-    config = parse(LatencyConfig, flags, __doc__.split("\n\n")[0])
-    names = {field.name.replace("_", "-") for field in dataclasses.fields(LatencyConfig)}
-    if misplaced := sorted(list_flags(model_flags) & names):
-        fail(f"--{misplaced[0]}: expected before --")
+    config, _, model_flags = parse_split(LatencyConfig, argv, __doc__.split("\n\n")[0])
     if model_flags and config.model != "vit":
         fail(f"expected flags after -- for --model vit alone, got --model {config.model}")
-    return config, flags, model_flags
+    return config, model_flags
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,19 +182,24 @@ COLUMNS = (  # title, field of a record, from its unit to the title's
     ("GB", "memory.host_peak_bytes", 1e-9),
     ("GB GPU", "memory.device_peak_bytes", 1e-9),
     ("mJ/image", "energy.joules_per_image", 1e3),
+    ("MB", "model.bytes_on_disk", 1e-6),
+    ("top-1 %", "quality.test_accuracy", 100),
+    ("off", "quality.logits_difference", 1),
 )
+SPREAD = ("p90", "p95", "mean", "std")  # left out where another column has the runtimes
 
 
 def format_row(report, columns):
     """A record as a line of a table; what failed has its reason instead of numbers."""
-    cells = []
+    config, cells = report["config"], []
     for title, dotted, unit in columns:
         value = record.dig(report, dotted)
         text = "–" if value is None else show(value * unit)
         cells.append(f"{text:>{max(len(title), 6)}}")
     if report["status"] != "ok":
         cells = [shorten(f"{report['status']}: {report['error']}", 68)]
-    return " ".join([f"{report['config']['batch_size']:>5}", *cells])
+    runtime = [f"{config['runtime']:<10}"] if config["export"] else []
+    return " ".join([f"{config['batch_size']:>5}", *runtime, *cells])
 
 
 def shorten(text, width):
@@ -165,7 +210,7 @@ def shorten(text, width):
 def show(value):
     """Three digits or so: 1234  123  12.3  1.23  0.012"""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:.{digits}f}"
+    return f"{value:.0e}" if 0 < value < 1e-3 else f"{value:.{digits}f}"
 
 
 class Table:
@@ -177,18 +222,21 @@ class Table:
 
     def add(self, report):
         if self.columns is None and report["status"] == "ok":
-            known = [record.dig(report, dotted) is not None for _, dotted, _ in COLUMNS]
-            self.columns = [column for column, is_known in zip(COLUMNS, known) if is_known]
-            missing = [dotted for (_, dotted, _), is_known in zip(COLUMNS, known) if not is_known]
-            self.reasons = [f"{name}: {record.reason_for(report, name)}" for name in missing]
-            device, library = report["device"], report["backend"].removeprefix("native-")
+            exports, values = report["config"]["export"], {}
+            for column in COLUMNS:
+                if not (exports and column[0] in SPREAD):
+                    values[column] = record.dig(report, column[1])
+            self.columns = [column for column, value in values.items() if value is not None]
+            reasons = {dotted: record.reason_for(report, dotted) for _, dotted, _ in values}
+            self.reasons = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+            device, library = report["device"], report["backend"].rpartition("-")[2]
             print(
                 f"{report['config']['model']} ({report['model']['parameters']:,} parameters) on "
                 f"{report['backend']} {report['versions'].get(library, '')}, "
                 f"{report['precision']}, {device['name']} ({device['kind']})"
             )
-            titles = (f"{title:>6}" for title, _, _ in self.columns)
-            print(" ".join(["batch", *titles]))
+            titles = [f"{title:>6}" for title, _, _ in self.columns]
+            print(" ".join(["batch", *([f"{'runtime':<10}"] if exports else []), *titles]))
         print(format_row(report, self.columns or ()), flush=True)
         for line in describe_load(report):
             print(f"      {line}", flush=True)
@@ -214,21 +262,20 @@ def describe_load(report):
 
 
 # ---------------------------------------------------------------------------------------------
-# Each batch size in a process of its own
+# Each row in a process of its own
 
 
-def measure_each(config, flags, model_flags):
-    """A child for each batch size. Returns the exit code of the first that failed, else 0."""
+def measure_each(config):
+    """A child for each row: this command with VIT_LATENCY_ROW. Returns the exit code of the first
+    that failed, else 0."""
     table, codes = Table(), []
     run = os.environ.get("VIT_RECORD_ID") or uuid.uuid4().hex  # a comparison names its runs
-    for size in config.batch_sizes:
-        name = f"{run}~{size}"
-        words = [*flags, f"--results-path={config.results_path}", "--no-verbose"]
-        words += ["--batch-sizes", str(size), "--", *model_flags]
+    for row, (size, runtime) in enumerate(config.list_rows()):
+        name = f"{run}~{size}" + (f"~{runtime}" if config.export else "")
         codes.append(
             subprocess.run(
-                [sys.executable, __file__, *words],
-                env={**os.environ, "VIT_RECORD_ID": name},
+                [sys.executable, *sys.orig_argv[1:]],
+                env={**os.environ, "VIT_RECORD_ID": name, "VIT_LATENCY_ROW": str(row)},
                 stdin=subprocess.DEVNULL,
                 preexec_fn=ending.end_with_parent,
             ).returncode
@@ -237,7 +284,7 @@ def measure_each(config, flags, model_flags):
             return 2
         report = find_record(config.results_path, name)
         if report is None:
-            report = note_loss(config, size, name, codes[-1])
+            report = note_loss(describe_row(config, row), config.results_path, name, codes[-1])
         if config.verbose:
             table.add(report)
         if codes[-1] in (130, 143):
@@ -255,30 +302,36 @@ def find_record(path, name):
     return next((item for item in reversed(found) if item["id"] == name), None)
 
 
-def note_loss(config, size, name, code):
+def describe_row(config, row):
+    """A record's `config`: all choices, and which of `rows` it is."""
+    size, runtime = config.list_rows()[row]
+    own = {"batch_size": size, "runtime": runtime, "rows": len(config.list_rows())}
+    return dataclasses.asdict(config) | own
+
+
+def note_loss(choices, path, name, code):
     """The record of a child that could not write one; also in the file."""
     killed = code == -9
     report = record.create_record(
         "latency",
         id=name,
         status="oom" if killed else "error",
-        error="killed (SIGKILL), most likely because memory ran out"
-        if killed
-        else f"ended with exit code {code} before it wrote a record",
-        config={**dataclasses.asdict(config), "batch_size": size},
+        error=ending.KILLED if killed else f"ended with exit code {code} before it wrote a record",
+        config=choices,
         notes=[f"{key}: the run left no record" for key in ("backend", "precision")],
     )
-    record.append_record(config.results_path, report)
+    record.append_record(path, report)
     return report
 
 
 if __name__ == "__main__":
     environment.read_dotenv()
-    CONFIG, FLAGS, MODEL_FLAGS = parse_words(sys.argv[1:])
+    CONFIG, MODEL_FLAGS = parse_words(sys.argv[1:])
+    ROW = os.environ.get("VIT_LATENCY_ROW")
     check_writable(results_path=CONFIG.results_path)
-    if len(CONFIG.batch_sizes) > 1 and not CONFIG.list_models:
+    if len(CONFIG.list_rows()) > 1 and ROW is None and not CONFIG.list_models:
         try:
-            sys.exit(measure_each(CONFIG, FLAGS, MODEL_FLAGS))
+            sys.exit(measure_each(CONFIG))
         except KeyboardInterrupt:
             sys.exit(130)
     environment.keep_memory()
@@ -286,7 +339,7 @@ if __name__ == "__main__":
         environment.precompile_header()
 
 import vit  # noqa: E402
-from harness import engine, telemetry  # noqa: E402
+from harness import data, engine, telemetry  # noqa: E402
 from harness.resnet import create_resnet50  # noqa: E402
 from harness.weights import load_state_dict  # noqa: E402
 from vit import keras, layers, np  # noqa: E402
@@ -393,43 +446,142 @@ def draw_pixels(shape, batch_size, seed):
     return rng.integers(0, 256, (4, batch_size, *shape), dtype="uint8")
 
 
-def create_forward(config, model_flags, report):
-    """A compiled function from pixels on the device to logits; what it is goes into `report`."""
-    if config.native:
-        peer = importlib.import_module(f"peers.imagenet_{config.keras_backend}")
-        forward, parameters = peer.create_forward(
-            config.model, IMAGENET_MEAN, IMAGENET_VARIANCE, report["precision"]
+class Server(NamedTuple):
+    """A model that is ready to answer."""
+
+    put: Callable  # from uint8 pixels (batch, height, width, channels), NumPy, to what `run` takes
+    run: Callable  # from that to logits, computed when it returns
+
+
+def start_native(config, report):
+    """The model by hand."""
+    peer = importlib.import_module(f"peers.imagenet_{config.keras_backend}")
+    forward, parameters = peer.create_forward(
+        config.model, IMAGENET_MEAN, IMAGENET_VARIANCE, report["precision"]
+    )
+    report["model"] |= {"parameters": parameters, "input_shape": (224, 224, 3)}
+    report["notes"].append("model.flops_per_image: not counted in a model by hand")
+    return Server(engine.place, lambda x: engine.wait(forward(x)))
+
+
+def start(model, runtime, size, folder, calibration, report):
+    """A runtime with a model, for batches of one size; its file is in `folder`.
+
+    Raises:
+        ExportError.
+    """
+    if runtime in EXPORTS:
+        serve, files, package, on_gpu = export_model(runtime, model, size, folder, calibration)
+        report["versions"][package] = importlib.metadata.version(package)
+        if not on_gpu:
+            report["device"] |= {"kind": "cpu", "name": report["device"]["cpu_name"]}
+        server = Server(lambda pixels: pixels.astype("float32"), serve)
+    else:
+        if runtime == "keras-int8":
+            with warnings.catch_warnings(action="ignore"):  # of layers that have no products
+                model.quantize("int8")
+        model.save(folder / "model.keras")
+        files = [folder / "model.keras"]
+        if runtime == "predict":
+            server = Server(lambda pixels: pixels, partial(model.predict, verbose=0))
+        else:
+            forward = engine.compile_forward(model, is_frozen=True)
+            server = Server(engine.place, lambda x: engine.wait(forward(x)))
+    report["model"]["bytes_on_disk"] = count_bytes(files)
+    return server
+
+
+def load_pictures(config, model, report):
+    """(pictures to calibrate with or None, pictures to classify, their labels or None): of the data
+    set if the model is for such, else random ones."""
+    shape, classes = model.input_shape[1:], model.output_shape[-1]
+    try:
+        if config.dataset in BUILT_IN and (shape != (32, 32, 3) or classes > 100):
+            raise data.DataError("the model is for other pictures than --dataset has")
+        dataset = data.load_dataset(
+            config.dataset,
+            num_classes=classes,
+            train_images=CALIBRATED,
+            test_images=config.test_images,
+            validation_split=0,
+            size=shape[0],
         )
-        report["model"] |= {"parameters": parameters, "input_shape": (224, 224, 3)}
-        report["notes"].append("model.flops_per_image: not counted in a model by hand")
-        return forward
-    model = create_model(config, model_flags)
-    report["model"] |= {
-        "parameters": count_parameters(model),
-        "flops_per_image": engine.count_flops(model),
-        "input_shape": model.input_shape[1:],
-    }
-    return engine.compile_forward(model, is_frozen=True)
+    except data.DataError as error:
+        report["notes"].append(f"quality: {error}")
+        return None, draw_pixels(shape, max(config.batch_sizes), config.seed)[0], None
+    report["quality"] |= {"dataset": dataset.label, "test_images": len(dataset.x_test)}
+    return dataset.x_train, dataset.x_test, dataset.y_test
 
 
-def measure(config, model_flags, report):
+def measure_quality(server, size, pictures, labels, expected):
+    """What a server answers to pictures, in batches of its size: figures of a record.
+
+    Args:
+        labels: None where there are none; then one batch is enough.
+        expected: the logits of the first pictures, as Keras computes them.
+    """
+    logits = []
+    for first in range(0, len(pictures) if labels is not None else 1, size):
+        batch = np.take(pictures, range(first, first + size), axis=0, mode="clip")
+        logits.append(keras.ops.convert_to_numpy(server.run(server.put(batch))))
+    logits = np.concatenate(logits)[: len(pictures)]
+    difference = np.abs(logits[: len(expected)] - expected).max() / np.abs(expected).max()
+    found = {"logits_difference": float(difference)}
+    if labels is not None:
+        found["test_accuracy"] = float((logits.argmax(axis=-1) == labels).mean())
+    return found
+
+
+def measure(config, model_flags, row, report):
     """Build, compile and time a model; `report`, a record, is filled in on the way.
 
     Raises:
-        ConfigError; whatever the backend raises, its out-of-memory errors included.
+        ConfigError, ExportError; whatever the backend raises, its out-of-memory errors
+        included.
     """
-    timing, started = report["timing"], time.perf_counter()
-    forward = create_forward(config, model_flags, report)
-    timing["build_seconds"] = time.perf_counter() - started
-    batch_size = config.batch_sizes[0]
-    batches = draw_pixels(report["model"]["input_shape"], batch_size, config.seed)
+    (size, runtime), started = config.list_rows()[row], time.perf_counter()
+    if config.native:
+        server, shape = start_native(config, report), (224, 224, 3)
+        report["timing"]["build_seconds"] = time.perf_counter() - started
+        return time_server(server, shape, config, size, report)
+    model = create_model(config, model_flags)
+    shape = model.input_shape[1:]
+    report["model"] |= {
+        "parameters": count_parameters(model),
+        "flops_per_image": engine.count_flops(model),
+        "input_shape": shape,
+    }
+    calibration = None
+    if config.export:
+        report["quality"] = dict.fromkeys(("test_accuracy", "logits_difference"))
+        calibration, pictures, labels = load_pictures(config, model, report)
+        expected = keras.ops.convert_to_numpy(model(pictures[:size], training=False))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if config.export_path:
+            folder = config.export_path / f"{size}-{runtime}"
+            folder.mkdir(parents=True, exist_ok=True)
+        server = start(model, runtime, size, folder, calibration, report)
+        report["timing"]["build_seconds"] = time.perf_counter() - started
+        time_server(server, shape, config, size, report)
+        if config.export:
+            report["quality"] |= measure_quality(server, size, pictures, labels, expected)
+
+
+def time_server(server, shape, config, batch_size, report):
+    """The figures of a record that are about time and energy.
+
+    shape: of a picture.
+    """
+    timing, (put, run) = report["timing"], server
+    batches = draw_pixels(shape, batch_size, config.seed)
 
     def iterate(index):
         """Seconds of the copy, seconds of the model."""
         begun = time.perf_counter()
-        pixels = engine.place(batches[index % len(batches)])
+        pixels = put(batches[index % len(batches)])
         copied = time.perf_counter()
-        engine.wait(forward(pixels))
+        run(pixels)
         return copied - begun, time.perf_counter() - copied
 
     _, first = iterate(0)
@@ -446,7 +598,8 @@ def measure(config, model_flags, report):
     }
     note_energy(report, energy, batch_size * config.iterations)
     if config.load != "none":
-        timing |= measure_load(config, lambda: answer(forward, batches), report["notes"])
+        handle = lambda: keras.ops.convert_to_numpy(run(put(batches[0])))  # noqa: E731
+        timing |= measure_load(config, handle, report["notes"])
 
 
 def describe_latencies(seconds):
@@ -478,10 +631,6 @@ def draw_arrivals(config, rate):
     if config.load == "uniform":
         return np.arange(count) / rate
     return np.cumsum(np.random.default_rng(config.seed).exponential(1 / rate, count))
-
-
-def answer(forward, batches):
-    return keras.ops.convert_to_numpy(forward(engine.place(batches[0])))
 
 
 def serve(handle, arrivals):
@@ -537,26 +686,27 @@ def measure_load(config, handle, notes):
 # Main
 
 
-def main(config, model_flags):
-    """One batch size from configuration to record. Returns the exit code."""
+def main(config, model_flags, row):
+    """One row from configuration to record. Returns the exit code."""
     machine = telemetry.describe_machine()  # before the backend touches the GPU
     precision = vit.settle_device(config)
-    choices = {**dataclasses.asdict(config), "batch_size": config.batch_sizes[0]}
+    size, runtime = config.list_rows()[row]
+    subject = "native" if config.native else runtime
     report = vit.begin_record(
         "latency",
-        {**choices, "flags": model_flags},
+        {**describe_row(config, row), "flags": model_flags},
         machine,
         precision,
-        subject=f"native-{engine.BACKEND}" if config.native else None,
+        subject=None if subject == "compiled" else f"{subject}-{engine.BACKEND}",
     )
     exit_code = vit.run_recorded(
-        lambda: measure(config, model_flags, report),
+        lambda: measure(config, model_flags, row, report),
         report,
         config.results_path,
         machine,
-        remedy=f"lower --batch-sizes {config.batch_sizes[0]}",
+        remedy=f"lower --batch-sizes {size}",
     )
-    if config.verbose:
+    if config.verbose and ROW is None:
         table = Table()
         table.add(report)
         table.end(config.results_path)
@@ -566,4 +716,4 @@ def main(config, model_flags):
 if __name__ == "__main__":
     if CONFIG.list_models:
         sys.exit(list_models())
-    sys.exit(main(CONFIG, MODEL_FLAGS))
+    sys.exit(main(CONFIG, MODEL_FLAGS, int(ROW or 0)))

@@ -194,6 +194,9 @@ class ViTConfig:
     allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     # files and logs
     checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")  # the weights that were tested
+    model_path: Path | None = (
+        None  # a file PATH.keras for the whole model, for latency.py and others
+    )
     results_path: Path = Path("results.jsonl")  # the record is appended here
     node_name: str = field(default_factory=platform.node)
     verbose: bool = True  # a line an epoch, and a summary
@@ -258,6 +261,10 @@ class ViTConfig:
                 not str(self.checkpoint_path).endswith(".weights.h5"),
                 "--checkpoint-path: expected a name ending in .weights.h5, "
                 f"got {self.checkpoint_path}",
+            ),
+            (
+                self.model_path and self.model_path.suffix != ".keras",
+                f"--model-path: expected a name ending in .keras, got {self.model_path}",
             ),
         )
 
@@ -822,6 +829,8 @@ def run_experiment(config, dataset, report, run=None):
     quality |= {f"test_{record_name(name)}": value for name, value in results.items()}
     if not keeps_best:
         model.save_weights(config.checkpoint_path)
+    if config.model_path:
+        model.save(config.model_path)
     return model
 
 
@@ -959,7 +968,9 @@ def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=
     cached = environment.count_compiled(engine.BACKEND, is_compiled)
     status, error, exit_code = ending.run_to_end(run, remedy)
     device_peak, matmul = engine.device_peak_bytes(), (None, None)
-    if status == "ok":
+    if status == "ok" and (report["device"]["kind"] == "gpu") != engine.on_gpu():
+        matmul = None, "an exported model computed on another device than the backend's"
+    elif status == "ok":
         matmul = measure_matmul(engine.create_matmul, engine.synchronize, report["device"]["kind"])
     record.finish_record(
         report,
@@ -983,7 +994,8 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         subject: what the record shall call its backend, where another command runs another model.
         kind, experiment: of the record, and what is done, where that is not `run_experiment`.
     """
-    check_writable(results_path=config.results_path, checkpoint_path=config.checkpoint_path)
+    paths = {n: getattr(config, n) for n in ("results_path", "checkpoint_path", "model_path")}
+    check_writable(**{name: path for name, path in paths.items() if path})
     if config.loader == "torch" and importlib.util.find_spec("torch") is None:
         fail("--loader torch: expected PyTorch, which is not installed: pip install '.[torch]'")
     machine = telemetry.describe_machine()  # before the backend touches the GPU

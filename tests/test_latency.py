@@ -1,11 +1,8 @@
 """Serving: figures of each batch size, load, weights from elsewhere, and what is refused."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import MODEL, ROOT, child_environment, run_code
+from conftest import MODEL, ROOT, SMALL, only_line, run_code, run_python, run_vit
 
 from harness import record
 
@@ -13,26 +10,13 @@ QUICK = ("--iterations=20", "--warmup=2")
 
 
 def run_latency(folder, *flags, model_flags=MODEL, **environment):
-    command = [sys.executable, str(ROOT / "latency.py"), *flags, "--", *model_flags]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=child_environment(folder, **environment),
-        capture_output=True,
-        text=True,
-    )
+    return run_python(folder, ROOT / "latency.py", *flags, "--", *model_flags, **environment)
 
 
 def read_all(folder):
     records, problems = record.read_records(folder / "results.jsonl")
     assert problems == []
     return records
-
-
-def only_line(done):
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0].removeprefix("latency.py: ")
 
 
 # ---- figures -----------------------------------------------------------------------------------
@@ -160,7 +144,7 @@ print(json.dumps([latencies.tolist(), served]))
 # ---- weights from elsewhere --------------------------------------------------------------------
 
 WEIGHTS = """
-import json, re
+import json
 from pathlib import Path
 import numpy as np
 import torch
@@ -254,6 +238,9 @@ def test_weights_of_torchvision_timm_and_deit_give_their_logits(tmp_path, backen
         (["--load=uniform", "--rate=0"], "--rate: expected above 0, got 0"),
         (["--native"], "--native: expected --model vit-b16 or resnet50, got vit"),
         (["--keras-backend=tensorflow"], "invalid choice 'tensorflow'"),
+        (["--export", "torch"], "--export torch: expected another --keras-backend than jax"),
+        (["--export", "onnx", "--precision=bfloat16"], "--export: expected --precision float32"),
+        (["--dataset=none"], "--dataset: expected cifar100, synthetic or a folder, got none"),
         (["--iterations=1"], "--iterations: expected 2 or more, got 1"),
     ],
 )
@@ -266,26 +253,94 @@ def test_bad_input_is_one_line(tmp_path, flags, told):
 
 def test_flags_before_and_after_the_dashes(tmp_path):
     done = run_latency(tmp_path, model_flags=("--precision=bfloat16",))
-    assert done.returncode == 2 and only_line(done) == "error: --precision: expected before --"
+    assert done.returncode == 2 and only_line(done).endswith(
+        "error: --precision: expected before --"
+    )
     done = run_latency(tmp_path, "--model=resnet50")
     assert done.returncode == 2 and "for --model vit alone" in only_line(done)
 
 
-def test_a_saved_model_is_served_as_it_is(tmp_path):
+# ---- other runtimes ----------------------------------------------------------------------------
+
+EXPORTED = {  # what each backend is asked for, and which of it is not here
+    "jax": ["onnx", "onnx-int8", "keras-int8", "openvino", "savedmodel"],
+    "torch": ["onnx-int8", "openvino", "torch", "tensorrt"],  # more would compile for minutes
+}
+ABSENT = {
+    "savedmodel": "tensorflow not installed: pip install '.[tensorflow]'",
+    "tensorrt": "this onnxruntime has no TensorRT: pip install onnxruntime-gpu, TensorRT",
+}
+
+
+def test_a_trained_model_is_as_good_in_every_runtime(tmp_path, backend):
+    done = run_vit(tmp_path, *SMALL, "--num-epochs=3", "--model-path=m.keras", backend=backend)
+    assert done.returncode == 0, done.stderr
+    (trained,) = read_all(tmp_path)
+    flags = [f"--keras-backend={backend}", "--model=m.keras", "--batch-sizes=8", *QUICK]
+    flags += ["--export", *EXPORTED[backend], "--export-path=files"]
+    flags += ["--dataset=synthetic", "--test-images=100", "--iterations=5"]
+    done = run_latency(tmp_path, *flags, model_flags=())
+    assert done.returncode == 7, done.stdout + done.stderr
+    items = {item["config"]["runtime"]: item for item in read_all(tmp_path)[1:]}
+    assert list(items) == ["compiled", "predict", *EXPORTED[backend]]
+    for name, item in items.items():
+        assert record.check_record(item) == []
+        if name in ABSENT:
+            assert (item["status"], item["error"]) == ("error", ABSENT[name])
+            continue
+        assert item["status"] == "ok", item["error"]
+        quality, is_rounded = item["quality"], name.endswith("int8")
+        expected = trained["quality"]["test_accuracy"]
+        assert expected == pytest.approx(quality["test_accuracy"], abs=0.05 if is_rounded else 1e-6)
+        assert quality["logits_difference"] < (0.2 if is_rounded else 1e-5)
+        assert not is_rounded or quality["logits_difference"] > 1e-4
+        assert item["model"]["bytes_on_disk"] > item["model"]["parameters"]
+        assert list((tmp_path / "files" / f"8-{name}").iterdir())
+    table = done.stdout.splitlines()
+    assert table[1].split()[:2] == ["batch", "runtime"] and table[1].split()[-1] == "off"
+    assert all(line.split()[0] == "8" for line in table[2 : 2 + len(items)])
+
+
+def test_a_wrong_export_shows(tmp_path):
     code = f"""
 import json
-import vit
+import numpy as np
+import latency
 
-model = vit.create_vit_classifier(vit.parse_config({list(MODEL)!r}))
-model.save("small.keras")
-print(json.dumps(model.count_params()))
+model = latency.create_model(latency.LatencyConfig(), {list(MODEL)!r})
+pictures = latency.draw_pixels((32, 32, 3), 6, 0)[0]
+right = latency.keras.ops.convert_to_numpy(model(pictures, training=False))
+labels = right.argmax(axis=-1)
+found = []
+for run in (model, lambda x: model(x[:, ::-1])):
+    server = latency.Server(lambda pixels: pixels.astype("float32"), run)
+    found.append(latency.measure_quality(server, 4, pictures, labels, right[:4]))
+print(json.dumps(found))
 """
-    parameters = run_code(tmp_path, "torch", code)
-    done = run_latency(tmp_path, "--model=small.keras", "--batch-sizes=2", *QUICK, model_flags=())
-    assert done.returncode == 0, done.stderr
-    (item,) = read_all(tmp_path)
-    assert item["model"]["parameters"] == parameters - 6
-    assert item["model"]["input_shape"] == [32, 32, 3]
+    right, upside_down = run_code(tmp_path, "jax", code)
+    assert right["test_accuracy"] == 1 and right["logits_difference"] < 1e-5
+    assert upside_down["test_accuracy"] < 1 and upside_down["logits_difference"] > 1e-3
+
+
+def test_a_model_of_other_pictures_is_exported_without_an_accuracy(tmp_path):
+    code = """
+import json
+import keras
+
+layers = keras.layers.Input((48, 48, 3)), keras.layers.Flatten(), keras.layers.Dense(5)
+keras.Sequential(layers).save("m.keras")
+print(json.dumps(True))
+"""
+    run_code(tmp_path, "jax", code)
+    flags = ("--model=m.keras", "--batch-sizes=1", *QUICK, "--export", "onnx", "onnx-int8")
+    done = run_latency(tmp_path, *flags, model_flags=())
+    *_, plain, rounded = read_all(tmp_path)
+    assert done.returncode == 7 and plain["status"] == "ok", done.stderr
+    assert plain["quality"]["test_accuracy"] is None and record.check_record(plain) == []
+    assert plain["quality"]["logits_difference"] < 1e-5
+    assert (
+        rounded["error"] == "expected a model of CIFAR-100's pictures, to calibrate it with these"
+    )
 
 
 # ---- the models by hand ------------------------------------------------------------------------

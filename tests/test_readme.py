@@ -43,6 +43,7 @@ def test_python_commands(command, tmp_path):
     elif script == "latency.py":  # few iterations of a small model
         split = words.index("--") if "--" in words else len(words)
         quick = ["--model=vit", "--iterations=2", "--warmup=0", "--seconds=0.5"]
+        quick += ["--dataset=synthetic", "--test-images=20"]
         model = [] if "--list-models" in words else ["--", *words[split + 1 :], *MODEL]
         words = [*words[:split], *quick, "--batch-sizes", "1", *model]
     elif script == "parity.py":  # one backend's half
