@@ -183,7 +183,7 @@ def draw_masks(config, count, epoch):
     return np.argsort(rng.random((count, config.num_patches)), axis=1).astype("int32")
 
 
-def run_pretraining(config, dataset, report, run=None):
+def run_pretraining(config, dataset, report, files, run=None):
     """Build, train, write the encoder's weights and the pictures. As vit.run_experiment."""
     started = time.perf_counter()
     statistics, draw, apply = vit.create_data_augmentation(config, dataset.x_train)
@@ -204,7 +204,8 @@ def run_pretraining(config, dataset, report, run=None):
             images, labels = apply(images, labels, draws)
         return {"pixels": ops.cast(images, "float32"), "order": draws["order"]}, labels
 
-    vit.train(model, dataset, config, draw_all, apply_all, report, vit.list_callbacks(config, run))
+    callbacks = vit.list_callbacks(config, run)
+    vit.train(model, dataset, config, draw_all, apply_all, report, callbacks, files)
     save_encoder_weights(model, config.weights_path)
     pictures = dataset.x_test[:8]
     masks = draw_masks(config, len(pictures), config.num_epochs)

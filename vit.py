@@ -187,13 +187,17 @@ class ViTConfig:
     batch_size: int = 256
     micro_batch_size: int | None = None  # computed at once; default: on a CPU a part of the batch
     num_epochs: int = 10
+    resume: bool = False  # go on with this command's run that was stopped, if there is one
+    keep_state: bool = field(  # after each epoch, for that, in runs/ beside the records
+        default_factory=lambda: not {"VIT_RECORD_ID", "VIT_EPOCHS"} & os.environ.keys()
+    )  # default: yes, but not in comparisons and sweeps, which begin a run again
     seed: int = 0
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
     jit_compile: bool = True  # off: plain Keras fit, not compiled
     trainer: Literal["compiled", "fit"] = "compiled"  # fit: Keras' own loop with its defaults
     allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     # files and logs
-    checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")  # the weights that were tested
+    checkpoint_path: Path | None = None  # a file NAME.weights.h5 for the weights that were tested
     model_path: Path | None = (
         None  # a file PATH.keras for the whole model, for latency.py and others
     )
@@ -258,7 +262,11 @@ class ViTConfig:
                 f"since they mix pairs, got {self.batch_size} and {self.micro_batch_size}",
             ),
             (
-                not str(self.checkpoint_path).endswith(".weights.h5"),
+                self.resume and not self.keep_state,
+                "--resume: expected no --no-keep-state (which comparisons and sweeps imply)",
+            ),
+            (
+                self.checkpoint_path and not str(self.checkpoint_path).endswith(".weights.h5"),
                 "--checkpoint-path: expected a name ending in .weights.h5, "
                 f"got {self.checkpoint_path}",
             ),
@@ -346,7 +354,7 @@ with environment.hide("matplotlib"):  # for Keras' own plots: half a second of e
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
-from harness import augment, data, engine, record, telemetry  # noqa: E402
+from harness import augment, data, engine, record, state, telemetry  # noqa: E402
 from harness.dropout import Dropout, DropPath, MultiHeadAttention  # noqa: E402
 from harness.layers import (  # noqa: E402
     AttentionPool,
@@ -358,7 +366,7 @@ from harness.layers import (  # noqa: E402
     embed_positions,
 )
 from harness.optimizer import AverageWeights, create_optimizer, crossentropy  # noqa: E402
-from harness.stopwatch import Progress, Stopwatch, measure_matmul  # noqa: E402
+from harness.stopwatch import Diverged, Progress, Stopwatch, measure_matmul  # noqa: E402
 from harness.weights import load_encoder_weights  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _import_started
@@ -640,7 +648,7 @@ def is_compiled(config):
     return config.trainer == "compiled" and config.jit_compile and engine.BACKEND != "tensorflow"
 
 
-def train_plain(model, dataset, config, draw, apply, callbacks):
+def train_plain(model, dataset, config, draw, apply, callbacks, done):
     """Train with Keras' own `fit`, whatever it costs: that is what it is here to show.
 
     Returns:
@@ -653,6 +661,7 @@ def train_plain(model, dataset, config, draw, apply, callbacks):
         batches,
         validation_data=validation if len(dataset.x_validation) else None,
         validation_batch_size=config.batch_size,
+        initial_epoch=done,
         epochs=config.num_epochs,
         callbacks=[start, *callbacks],
         shuffle=False,  # Batches brings its own order
@@ -661,7 +670,7 @@ def train_plain(model, dataset, config, draw, apply, callbacks):
     return partial(model.evaluate, batch_size=config.batch_size, verbose=0, return_dict=True)
 
 
-def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
+def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, done):
     """Train with this project's compiled steps; what happens in an epoch is what `fit` does.
 
     Returns:
@@ -670,7 +679,6 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
     steps = len(dataset.x_train) // config.batch_size  # a smaller last batch would compile anew
     is_resident = config.loader == "resident"
     per_call = engine.steps_per_call(steps) if is_resident else 1
-    engine.build_state(model, config.batch_size)
     training = engine.compile_train_steps(model, apply)
     if is_resident:
         training.load(dataset.x_train, dataset.y_train)
@@ -678,7 +686,7 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
     progress = Progress(config.num_epochs, steps, is_shown=config.verbose)
     callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
     callbacks.on_train_begin()
-    for epoch in range(config.num_epochs):
+    for epoch in range(done, config.num_epochs):
         model.reset_metrics()
         order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
         order = order[: steps * config.batch_size].reshape(steps, -1, config.micro_batch_size)
@@ -694,16 +702,19 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
             batches = zip(dataset.x_train.batches(order.ravel()), labels)
             order = np.broadcast_to(np.arange(labels[0].size, dtype=np.int32), labels.shape)
             order = order.reshape(steps, -1, config.micro_batch_size)
-        for first in range(0, steps, per_call):
-            rows = slice(first, first + per_call)
-            if not is_resident:
-                training.load(*next(batches))
-            losses = training.run(order[rows], {name: drawn[rows] for name, drawn in draws.items()})
-            if epoch == first == 0:
-                stopwatch.end_first_call(order[rows].size)
-            # The previous call's losses: reading this call's would leave the device idle.
-            progress.show(epoch, first, running)
-            running = losses
+        with ending.finishing_steps():
+            for first in range(0, steps, per_call):
+                rows = slice(first, first + per_call)
+                if not is_resident:
+                    training.load(*next(batches))
+                drawn = {name: array[rows] for name, array in draws.items()}
+                losses = training.run(order[rows], drawn)
+                if (epoch, first) == (done, 0):
+                    stopwatch.end_first_call(order[rows].size)
+                # The previous call's losses: reading this call's would leave the device idle.
+                progress.show(epoch, first, running)
+                running = losses
+                ending.check()
         training.sync()
         progress.show(epoch, steps, running)
         logs = {name: float(value) for name, value in model.get_metrics_result().items()}
@@ -720,30 +731,45 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch):
     return lambda images, labels: engine.evaluate(model, forward, images, labels, config.batch_size)
 
 
-def train(model, dataset, config, draw, apply, report, callbacks):
+def train(model, dataset, config, draw, apply, report, callbacks, files):
     """Train a compiled Keras model, and measure that: the record `report` is filled in on the way,
     so that a run that fails leaves what it had.
 
     Args:
         draw, apply: of `create_data_augmentation`.
         callbacks: Keras' own, for each epoch.
+        files: state.RunFiles, whose state is gone on with and written after each epoch.
 
     Returns:
         a function of (images, labels) that evaluates: a dictionary of loss and metrics.
 
     Raises:
-        stopwatch.Diverged; whatever the backend raises, its out-of-memory errors included.
+        stopwatch.Diverged, state.StateError; whatever the backend raises, its out-of-memory errors
+        included.
     """
     report["model"]["parameters"] = sum(math.prod(v.shape) for v in model.trainable_variables)
     report["model"]["flops_per_image"] = engine.count_flops(model)
+    history, done, before = keras.callbacks.History(), files.epochs, ((), ())
+    if is_compiled(config) or done:
+        engine.build_state(model, config.batch_size)
+    if done:
+        facts = files.state.facts
+        if facts["data_fingerprint"] != dataset.fingerprint:
+            raise state.StateError("--resume: the pictures are not those of the run that stopped")
+        state.restore(model, files.state.arrays)
+        history.history = facts["history"]
+        before = facts["epoch_seconds"], facts["validation_seconds"]
+        report["notes"].append(f"resumed after epoch {done}")
+        if config.verbose:
+            print(f"goes on after epoch {done}", flush=True)
     stopwatch = Stopwatch(
         epochs=config.num_epochs,
         images_per_epoch=len(dataset.x_train) // config.batch_size * config.batch_size,
         synchronize=engine.synchronize,
         meter=telemetry.create_energy_meter(device=report["device"]["kind"]),
         report=partial(print, flush=True) if config.verbose else lambda line: None,
+        before=before,
     )
-    history = keras.callbacks.History()
     # Batch hooks are left alone: overriding them would make Keras wait for every step.
     clock = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: stopwatch.begin_epoch(),
@@ -751,16 +777,26 @@ def train(model, dataset, config, draw, apply, report, callbacks):
         on_epoch_end=stopwatch.end_epoch,
     )
     # In this order: an epoch that was shown is in the record.
-    callbacks = [
-        history,
-        clock,
-        *([AverageWeights()] if config.ema is not None else []),
-        *callbacks,
-    ]
+    average = AverageWeights() if config.ema is not None else None
+    callbacks = [history, clock, *([average] if average else []), *callbacks]
+    if files.is_kept:
+        best = next((c for c in callbacks if isinstance(c, state.KeepBest)), None)
+
+        def describe():
+            return {
+                "history": history.history,
+                "epoch_seconds": stopwatch.epoch_seconds,
+                "validation_seconds": stopwatch.validation_seconds,
+                "data_fingerprint": dataset.fingerprint,
+                "best": best and best.best,
+                "wandb_id": files.wandb_id,
+            }
+
+        callbacks.append(state.KeepState(files, describe, average))
     try:
         if is_compiled(config):
-            return train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch)
-        return train_plain(model, dataset, config, draw, apply, callbacks)
+            return train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, done)
+        return train_plain(model, dataset, config, draw, apply, callbacks, done)
     finally:
         figures, energy, reasons = stopwatch.measure(PROCESS_STARTED)
         report["timing"] |= figures
@@ -770,10 +806,11 @@ def train(model, dataset, config, draw, apply, report, callbacks):
             report["quality"][record_name(name)] = values
 
 
-def run_experiment(config, dataset, report, run=None):
+def run_experiment(config, dataset, report, files, run=None):
     """Build, train and test a classifier; `report`, a record, is filled in on the way.
 
     Args:
+        files: state.RunFiles.
         run: an open W&B run, or None.
 
     Returns:
@@ -799,38 +836,29 @@ def run_experiment(config, dataset, report, run=None):
     )
     timing["build_seconds"] = time.perf_counter() - started
 
-    callbacks, has_validation = [], len(dataset.x_validation) > 0
-    config.checkpoint_path.unlink(missing_ok=True)  # another run's weights are not this one's
-    keeps_best = config.best_weights and has_validation
-    if keeps_best:
-        callbacks.append(
-            keras.callbacks.ModelCheckpoint(
-                str(config.checkpoint_path),
-                monitor="val_accuracy",
-                mode="max",
-                save_best_only=True,
-                save_weights_only=True,
-            )
-        )
-    callbacks += list_callbacks(config, run)
-    evaluate = train(model, dataset, config, draw, apply, report, callbacks)
+    has_validation = len(dataset.x_validation) > 0
+    best = state.KeepBest(files) if config.best_weights and has_validation else None
+    callbacks = [*([best] if best else []), *list_callbacks(config, run)]
+    evaluate = train(model, dataset, config, draw, apply, report, callbacks, files)
     if not has_validation:
         missing = ("val_loss", "val_accuracy", "val_top5_accuracy")
         notes += [f"quality.{name}: there are no validation images" for name in missing]
-    if keeps_best:
-        quality["best_epoch"] = 1 + int(np.argmax(quality["val_accuracy"]))
-        model.load_weights(config.checkpoint_path)
+    if best and best.path.exists():
+        quality["best_epoch"] = best.best["epoch"]
+        model.load_weights(best.path)
     else:
         quality["best_epoch"] = len(quality["loss"])
         notes.append("the last epoch's weights were tested")
     started = time.perf_counter()
     results = evaluate(dataset.x_test, dataset.y_test)
     timing["evaluation_seconds"] = time.perf_counter() - started
+    if not math.isfinite(results["loss"]):
+        raise Diverged(results["loss"], f"the test after epoch {quality['best_epoch']}")
     quality |= {f"test_{record_name(name)}": value for name, value in results.items()}
-    if not keeps_best:
-        model.save_weights(config.checkpoint_path)
+    if config.checkpoint_path:
+        files.save("--checkpoint-path", model.save_weights, config.checkpoint_path, model)
     if config.model_path:
-        model.save(config.model_path)
+        files.save("--model-path", model.save, config.model_path, model)
     return model
 
 
@@ -873,8 +901,9 @@ class CustomWandbCallback(keras.callbacks.Callback):
         tracking.log(self.run, {**logs, "epoch": epoch})
 
 
-def start_wandb(config):
-    """Open a W&B run, in the group of its sweep (if any), node and backend."""
+def start_wandb(config, known):
+    """Open a W&B run, in the group of its sweep (if any), node and backend; that with the id
+    `known`, if any, goes on."""
     backend = keras.backend.backend()
     group = [os.environ.get("WANDB_SWEEP_ID"), config.node_name, backend]
     group = os.environ.get("WANDB_RUN_GROUP") or "-".join(filter(None, group))
@@ -888,6 +917,7 @@ def start_wandb(config):
             group=group,
             tags=[*config.wandb_tags, backend, config.node_name, config.dataset],
             config=choices | {"backend": backend},
+            **({"id": known, "resume": "allow"} if known else {}),
         )
     except ValueError as error:
         fail(error)
@@ -954,13 +984,14 @@ def begin_record(kind, choices, machine, precision, subject=None):
     return report
 
 
-def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=False):
+def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=False, problems=()):
     """Call `run`, complete its record `report` however that ends, and append it to `path`.
 
     Args:
         machine: what telemetry.describe_machine told before.
         remedy: what to do where the memory did not suffice.
         is_shown: whether a summary is printed.
+        problems: a list of what could not be written on the way.
 
     Returns:
         the exit code.
@@ -981,10 +1012,10 @@ def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=
         device_peak=device_peak,
         host_peak_bytes=telemetry.host_peak_bytes(),
         total_seconds=time.perf_counter() - PROCESS_STARTED,
-        warnings=telemetry.compare_conditions(machine, telemetry.read_conditions()),
+        warnings=[*problems, *telemetry.compare_conditions(machine, telemetry.read_conditions())],
     )
     is_written = record.deliver_record(path, report, is_shown)
-    return exit_code or (0 if is_written else ending.NOT_WRITTEN)
+    return exit_code or (0 if is_written and not problems else ending.NOT_WRITTEN)
 
 
 def main(config, subject=None, kind="train", experiment=run_experiment):
@@ -1000,15 +1031,24 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         fail("--loader torch: expected PyTorch, which is not installed: pip install '.[torch]'")
     machine = telemetry.describe_machine()  # before the backend touches the GPU
     precision = settle_device(config, is_compiled(config))
+    name = state.name_run({"kind": kind, "subject": subject, **dataclasses.asdict(config)})
     if is_compiled(config):
         choose_micro_batch(config, is_on_gpu=engine.on_gpu())
     elif config.micro_batch_size not in (None, config.batch_size):
         fail("--micro-batch-size: expected none, since Keras' fit trains on whole batches")
-    run = start_wandb(config) if config.use_wandb else None
+    root = config.results_path.parent / "runs" if config.keep_state else None
+    try:
+        files = state.open_folder(root, name, config.resume)
+    except OSError as error:
+        fail(f"--results-path: expected a folder for runs/, or --no-keep-state: {error.strerror}")
+    run = None
+    if config.use_wandb:
+        run = start_wandb(config, files.state and files.state.facts["wandb_id"])
+        files.wandb_id = run.id
     report = begin_record(kind, dataclasses.asdict(config), machine, precision, subject)
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
     exit_code = run_recorded(
-        lambda: experiment(config, load_pictures(config, report, runner), report, run),
+        lambda: experiment(config, load_pictures(config, report, runner), report, files, run),
         report,
         config.results_path,
         machine,
@@ -1017,9 +1057,11 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         else f"lower --batch-size {config.batch_size}",
         is_compiled=is_compiled(config),
         is_shown=config.verbose,
+        problems=files.problems,
     )
     if run is not None:
         finish_wandb(run, report)
+    state.close_folder(files, is_over=report["status"] == "ok" and exit_code == 0)
     return exit_code
 
 

@@ -4,6 +4,7 @@ The exit codes are listed at the top of vit.py. An exception that is no surprise
 it means: its class has `ending`, a status and an exit code.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -31,10 +32,47 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+ASKED = []  # the signals that came
+IN_STEPS = []  # something while a step is to be finished first
+
+
+@contextlib.contextmanager
+def finishing_steps():
+    """Within it SIGTERM and Ctrl-C wait for `check`; a second one does not."""
+    IN_STEPS.append(True)
+    try:
+        yield
+        check()
+    finally:
+        IN_STEPS.clear()
+
+
+def check():
+    """A step is done: end the run here if that was asked for."""
+    if ASKED:
+        raise_signal()
+
+
+def raise_signal():
+    raise KeyboardInterrupt if ASKED[0] == signal.SIGINT else Terminated
+
+
+def end_run(number, frame):
+    """The handler of a run's signals."""
+    if number != signal.SIGALRM:
+        ASKED.append(number)
+    if IN_STEPS and len(ASKED) == 1 and number != signal.SIGALRM:
+        return
+    # Python drops what is raised while an object is being deleted, say: then it comes again.
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    raise_signal()
+
+
 def run_to_end(run, remedy):
     """Call `run`, a function without arguments, and tell how it ended.
 
-    SIGTERM ends it as Ctrl-C does; afterwards both are ignored: the record comes first.
+    SIGTERM ends it as Ctrl-C does; afterwards both are ignored, since the record comes first, but
+    for a second Ctrl-C, which ends the process at once.
 
     Args:
         remedy: what to do where the memory did not suffice, such as "lower --batch-size 256".
@@ -43,11 +81,9 @@ def run_to_end(run, remedy):
         (status, error, exit code): error is one line, or None. An unexpected one is printed with
         its traceback.
     """
-
-    def terminate(signum, frame):
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
+    ASKED.clear()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, end_run)
     try:
         run()
         ended = "ok", None, 0
@@ -60,8 +96,11 @@ def run_to_end(run, remedy):
         ended = "interrupted", "nobody reads the output any more", 141
     except Exception as error:
         ended = judge(error, remedy)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
+    if ended[0] == "interrupted":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     return ended
 
 

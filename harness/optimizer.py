@@ -70,3 +70,6 @@ class AverageWeights(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.swap(True)
+
+    def on_train_end(self, logs=None):
+        self.swap(True)

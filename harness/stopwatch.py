@@ -18,7 +18,8 @@ class Diverged(Exception):
 
 
 class Stopwatch:
-    """Times epochs from their begin to the start of validation, and reports each in a line.
+    """Times epochs from their begin to the start of validation, and reports each in a line. Speed
+    and energy are those of this process's own epochs.
 
     A window opens and closes only after the device is synchronised.
 
@@ -27,12 +28,14 @@ class Stopwatch:
         synchronize: a function that waits for the device.
         meter: an energy meter with start() and stop().
         report: a function that takes each epoch's line, such as print.
+        before: (seconds of training, of validation) of the epochs that another process trained.
     """
 
-    def __init__(self, epochs, images_per_epoch, synchronize, meter, report):
+    def __init__(self, epochs, images_per_epoch, synchronize, meter, report, before=((), ())):
         self.epochs, self.images, self.first_images = epochs, images_per_epoch, 0
         self.synchronize, self.meter, self.report = synchronize, meter, report
-        self.epoch_seconds, self.validation_seconds, self.energy = [], [], []
+        self.epoch_seconds, self.validation_seconds = map(list, before)
+        self.resumed, self.energy = len(self.epoch_seconds), []
 
     def begin_epoch(self):
         self.synchronize()
@@ -61,8 +64,9 @@ class Stopwatch:
         """logs: loss and metrics by name, those of validation with val_ before it."""
         self.end_training()  # for a run without validation
         self.validation_seconds.append(time.perf_counter() - self.ended)
-        if not math.isfinite(logs["loss"]):
-            raise Diverged(logs["loss"], f"epoch {epoch + 1}")
+        for name, when in (("loss", "epoch"), ("val_loss", "the validation after epoch")):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise Diverged(logs[name], f"{when} {epoch + 1}")
         self.report(self.describe(epoch, logs))
 
     def describe(self, epoch, logs):
@@ -82,11 +86,12 @@ class Stopwatch:
     def steady_seconds(self):
         """Seconds of an epoch that compiles nothing: the median of all but the first. After one
         epoch alone, that epoch without its first step, scaled up; None where that is unknown."""
-        if len(self.epoch_seconds) > 1:
-            return statistics.median(self.epoch_seconds[1:])
+        own = self.epoch_seconds[self.resumed :]
+        if len(own) > 1:
+            return statistics.median(own[1:])
         after_first = self.images - self.first_images
-        if self.epoch_seconds and self.first_images and after_first > 0:
-            return (self.epoch_seconds[0] - self.first_seconds) * self.images / after_first
+        if own and self.first_images and after_first > 0:
+            return (own[0] - self.first_seconds) * self.images / after_first
         return None
 
     def measure(self, process_started):
@@ -101,18 +106,20 @@ class Stopwatch:
         steady = self.steady_seconds()
         timing = {"epoch_seconds": self.epoch_seconds}
         timing |= {"validation_seconds": self.validation_seconds}
+        own = self.epoch_seconds[self.resumed :]
         if not self.epoch_seconds:
             return timing, {}, []
         if steady is None:
             advice = "the only epoch compiled; train 2 epochs or more"
+            advice = advice if own else "another process had trained all epochs"
             names = ("train_images_per_second", "compile_seconds", "start_seconds")
             return timing, {}, [*(f"timing.{n}: {advice}" for n in names), f"energy: {advice}"]
         notes = []
         timing["train_images_per_second"] = self.images / steady
-        if len(self.epoch_seconds) == 1:
+        if len(own) == 1:
             notes.append("one epoch only: its first step was left out of the steady throughput")
         if not self.first_images:  # plain fit: the whole first epoch against a steady one
-            timing["compile_seconds"] = max(0.0, self.epoch_seconds[0] - steady)
+            timing["compile_seconds"] = max(0.0, own[0] - steady)
             notes.append("timing.start_seconds: Keras' fit does not tell when a step is done")
         else:
             warm = steady * self.first_images / self.images

@@ -1,0 +1,224 @@
+"""What a run loses when it is killed, stopped or has no room to write: nothing."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+
+from harness import record
+
+# Dropout, averages and a schedule: all that a state holds is in use.
+LONG = [*SMALL, "--num-epochs=8", "--ema=0.9", "--schedule=cosine", "--no-use-wandb"]
+KILLS = int(os.environ.get("KILLS", 3))  # a start takes seconds; results/faults.md was made with 30
+
+
+def start(folder, *flags, backend="jax", **environment):
+    command = [sys.executable, "-u", str(ROOT / "vit.py"), f"--keras-backend={backend}"]
+    return subprocess.Popen(
+        [*command, *LONG, *flags],
+        cwd=folder,
+        env=child_environment(folder, **environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_epoch(child, epoch):
+    for line in child.stdout:
+        if line.startswith(f"epoch {epoch}/"):
+            return
+    pytest.fail(child.stderr.read())
+
+
+def kill_after(folder, epoch, **choices):
+    """A run that is killed after an epoch; what it left."""
+    with start(folder, **choices) as child:
+        wait_for_epoch(child, epoch)
+        child.kill()
+    (left,) = (folder / "runs").iterdir()
+    return left
+
+
+def losses(item):
+    return [item["quality"][name] for name in ("loss", "val_loss", "test_accuracy", "best_epoch")]
+
+
+@pytest.fixture(scope="module")
+def whole(backend, tmp_path_factory):
+    """The record of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_vit(folder, *LONG, backend=backend)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "runs").exists()
+    return read_last_record(folder)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(tmp_path, backend, whole):
+    moments = random.Random(0)
+    for _ in range(KILLS):
+        with start(tmp_path, "--resume", "--num-epochs=8", backend=backend) as child:
+            child.stdout.readline()
+            line = child.stdout.readline()
+            if "epoch 8/8" in line:
+                child.wait()
+                break
+            time.sleep(moments.uniform(0, 1))
+            child.kill()
+    done = run_vit(tmp_path, *LONG, "--resume", backend=backend)
+    assert done.returncode == 0, done.stderr
+    item = read_last_record(tmp_path)
+    assert losses(item) == losses(whole)
+    assert len(item["timing"]["epoch_seconds"]) == len(item["quality"]["loss"]) == 8
+    assert any(note.startswith("resumed after epoch ") for note in item["notes"])
+    assert "goes on after epoch" in done.stdout and not (tmp_path / "runs").exists()
+
+
+def test_the_other_backend_goes_on(tmp_path, whole, backend):
+    other = {"jax": "torch", "torch": "jax"}[backend]
+    kill_after(tmp_path, 3, backend=other)
+    done = run_vit(tmp_path, *LONG, "--resume", backend=backend)
+    assert done.returncode == 0 and "goes on after epoch " in done.stdout, done.stderr
+    item = read_last_record(tmp_path)
+    np.testing.assert_allclose(item["quality"]["loss"], whole["quality"]["loss"], rtol=1e-5)
+
+
+def test_a_damaged_state_is_passed_over(tmp_path, whole, backend):
+    if backend != "jax":
+        pytest.skip("files are the same on every backend")
+    left = kill_after(tmp_path, 4)
+    content = bytearray((left / "state.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (left / "state.npz").write_bytes(content)
+    done = run_vit(tmp_path, *LONG, "--resume")
+    assert done.returncode == 0 and "state.npz: damaged" in done.stderr
+    assert "the one before it is tried" in done.stderr and "goes on after epoch" in done.stdout
+    assert losses(read_last_record(tmp_path)) == losses(whole)
+
+
+def test_states_that_are_torn_or_of_another_run_are_not_taken(tmp_path):
+    code = """
+import json
+from pathlib import Path
+import numpy as np
+from harness import state
+
+path, refused = Path("state.npz"), []
+state.write_state(state.State({"name": "a", "epochs": 2}, [np.arange(9.0)]), path)
+whole = path.read_bytes()
+for size in range(0, len(whole), 97):
+    path.write_bytes(whole[:size])
+    try:
+        state.read_state(path, "a")
+    except state.StateError as error:
+        refused.append(str(error))
+path.write_bytes(whole)
+print(json.dumps([
+    len(range(0, len(whole), 97)), refused, state.read_newest(Path(), "a").facts,
+    state.read_newest(Path(), "b")]))
+"""
+    count, refused, ours, theirs = run_code(tmp_path, "jax", code)
+    assert len(refused) == count and all("state.npz: damaged" in line for line in refused)
+    assert ours == {"name": "a", "epochs": 2} and theirs is None
+
+
+def test_without_resume_a_stopped_run_is_named_and_left_alone(tmp_path):
+    left = kill_after(tmp_path, 2)
+    done = run_vit(tmp_path, *LONG, "--num-epochs=8")
+    assert done.returncode == 0 and f"runs/{left.name}: a run of this command" in done.stderr
+    assert "goes on" not in done.stdout and (left / "state.npz").exists()
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_two_runs_of_one_command_at_once(tmp_path):
+    with start(tmp_path) as first, start(tmp_path) as second:
+        folders = set()
+        while len(folders) < 2 and first.poll() is None and second.poll() is None:
+            folders = {path.parent for path in (tmp_path / "runs").glob("*/state.npz")}
+        errors = [child.communicate()[1] for child in (first, second)]
+    assert len(folders) == 2, errors
+    items, problems = record.read_records(tmp_path / "results.jsonl")
+    assert [item["status"] for item in items] == ["ok", "ok"] and not problems
+    assert losses(items[0]) == losses(items[1])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_stops_a_run_can_go_on_with_it(tmp_path, whole, backend, number, code):
+    if backend != "jax":
+        pytest.skip("signals are handled the same on every backend")
+    with start(tmp_path) as child:
+        wait_for_epoch(child, 2)
+        child.send_signal(number)
+        child.communicate()
+    item = read_last_record(tmp_path)
+    assert (child.returncode, item["status"]) == (code, "interrupted")
+    done = run_vit(tmp_path, *LONG, "--resume")
+    assert done.returncode == 0 and "goes on after epoch" in done.stdout
+    assert losses(read_last_record(tmp_path)) == losses(whole)
+
+
+def test_a_signal_that_python_drops_comes_again():
+    code = """
+import signal, time, os
+from harness import ending
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+def run():
+    Deaf()
+    time.sleep(60)
+
+print(ending.run_to_end(run, "x"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "Exception ignored" in done.stderr  # else nothing was shown here
+    assert done.stdout.strip() == "('interrupted', 'SIGTERM', 143)"
+
+
+def test_a_disk_without_room_is_told_and_training_goes_on(tmp_path):
+    """Files of at most 40 kB, as the stand-in for a full disk: a record fits, weights do not."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "vit.py"), *LONG, "--checkpoint-path=w.weights.h5"],
+        cwd=tmp_path,
+        env=child_environment(tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache")),
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 6, done.stderr
+    item = read_last_record(tmp_path)
+    told = [note for note in item["notes"] if note.startswith("not written: ")]
+    assert item["status"] == "ok" and len(told) == 3, told  # best, state, --checkpoint-path
+    assert all(line in done.stderr for line in told) and "Traceback" not in done.stderr
+    assert item["quality"]["test_accuracy"] is not None
+    assert "the last epoch's weights were tested" in item["notes"]
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_weights_that_are_not_numbers_are_never_the_best():
+    from harness.stopwatch import Diverged, Stopwatch
+
+    class Meter:
+        start, stop = (lambda self: None), (lambda self: None)
+
+    watch = Stopwatch(3, 100, lambda: None, Meter(), print)
+    watch.begin_epoch()
+    with pytest.raises(Diverged, match="the validation after epoch 1"):
+        watch.end_epoch(0, {"loss": 1.0, "val_loss": float("nan"), "val_accuracy": 0.5})
