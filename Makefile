@@ -24,7 +24,7 @@ bench: $(STAMP)
 test: $(STAMP) .venv/tests-installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 IMAGES ?= ook.jax ook.pytorch
 test-images: $(STAMP) .venv/tests-installed

@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from harness import ending, environment, tracking
+from harness import ending, environment, fitting, tracking
 from harness.cli import (
     BUILT_IN,
     ConfigError,
@@ -186,6 +186,7 @@ class ViTConfig:
     best_weights: bool = True  # of the epoch that validated best; off: the last epoch's
     batch_size: int = 256
     micro_batch_size: int | None = None  # computed at once; default: on a CPU a part of the batch
+    fit_memory: bool = False  # begin again with half of it, the step as large, until it fits
     num_epochs: int = 10
     resume: bool = False  # go on with this command's run that was stopped, if there is one
     keep_state: bool = field(  # after each epoch, for that, in runs/ beside the records
@@ -260,6 +261,10 @@ class ViTConfig:
                 (self.mixup or self.cutmix) and (self.micro_batch_size or self.batch_size) % 2,
                 "--mixup, --cutmix: expected an even --batch-size and --micro-batch-size, "
                 f"since they mix pairs, got {self.batch_size} and {self.micro_batch_size}",
+            ),
+            (
+                self.fit_memory and (self.trainer == "fit" or not self.jit_compile),
+                "--fit-memory: expected compiled training, for Keras' fit has no parts of a batch",
             ),
             (
                 self.resume and not self.keep_state,
@@ -338,6 +343,12 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
         ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse_config(sys.argv[1:])
+    if CONFIG.fit_memory and fitting.TRIED not in os.environ:
+        choose_micro_batch(CONFIG, is_on_gpu=environment.has_cuda())
+        SIZES = fitting.list_sizes(
+            CONFIG.batch_size, CONFIG.micro_batch_size, is_even=CONFIG.mixup or CONFIG.cutmix
+        )
+        sys.exit(fitting.run_smaller([sys.executable, *sys.orig_argv[1:]], SIZES))
     environment.keep_memory()
     if not environment.has_cuda():
         _accept_cpu(CONFIG.allow_cpu)
@@ -1046,6 +1057,8 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         run = start_wandb(config, files.state and files.state.facts["wandb_id"])
         files.wandb_id = run.id
     report = begin_record(kind, dataclasses.asdict(config), machine, precision, subject)
+    if tried := fitting.describe_tried():
+        report["notes"].append(tried)
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
     exit_code = run_recorded(
         lambda: experiment(config, load_pictures(config, report, runner), report, files, run),

@@ -99,6 +99,7 @@ def export_onnx_int8(model, shape, folder, pictures):
     """Static quantisation of weights and of what flows between the products, by the range that
     `pictures` have there; a scale a tensor, since with one a channel onnxruntime 1.32 fails on the
     products that JAX's models have, and was no closer on PyTorch's."""
+    import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -106,6 +107,7 @@ def export_onnx_int8(model, shape, folder, pictures):
         raise ExportError("expected a model of CIFAR-100's pictures, to calibrate it with these")
     # From opset 21 on onnxruntime 1.32 gives an activation two types.
     plain = write(model, shape, "onnx", folder / "plain.onnx", opset_version=20)
+    onnx.save(onnx.load(plain), plain)  # in one file: preparing it does not find a second one
     ready, path = folder / "ready.onnx", folder / "model.int8.onnx"
 
     class Batches(quantization.CalibrationDataReader):
@@ -147,7 +149,7 @@ def export_openvino(model, shape, folder, pictures):
         files = [path, path.with_suffix(".bin")]
     else:  # there Keras' exporter needs TensorFlow; OpenVINO also reads ONNX
         path = write(model, shape, "onnx", folder / "model.onnx")
-        files = [path]
+        files = [path, *folder.glob("model.onnx.data")]
     # Without the hint it would compute in bfloat16 where the processor has that.
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(path, "CPU", hints)

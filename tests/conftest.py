@@ -14,6 +14,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "torch")
+LONGEST = "vit readme latency engine peers survival models sweep".split()
 # A model that trains in seconds; the flags of every run that is not about the default model.
 MODEL = (
     *("--image-size=32", "--patch-size=8", "--projection-dim=32", "--num-heads=2"),
@@ -99,6 +100,11 @@ def read_wandb(log):
         summary |= record.get("summary", {}).get("update", {})
         config |= record.get("run", {}).get("config", {}).get("update", {})
     return rows, summary, config
+
+
+def pytest_collection_modifyitems(items):
+    """With a process a file, those that take minutes begin first: else one is left at the end."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -10,13 +10,14 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+from conftest import ROOT, SMALL, child_environment, read_last_record, run_code, run_python, run_vit
 
 from harness import record
 
 # Dropout, averages and a schedule: all that a state holds is in use.
-LONG = [*SMALL, "--num-epochs=8", "--ema=0.9", "--schedule=cosine", "--no-use-wandb"]
 KILLS = int(os.environ.get("KILLS", 3))  # a start takes seconds; results/faults.md was made with 30
+EPOCHS = 8 * KILLS
+LONG = [*SMALL, f"--num-epochs={EPOCHS}", "--ema=0.9", "--schedule=cosine", "--no-use-wandb"]
 
 
 def start(folder, *flags, backend="jax", **environment):
@@ -62,21 +63,21 @@ def whole(backend, tmp_path_factory):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(tmp_path, backend, whole):
-    moments = random.Random(0)
+    moments, kills = random.Random(0), 0
     for _ in range(KILLS):
-        with start(tmp_path, "--resume", "--num-epochs=8", backend=backend) as child:
-            child.stdout.readline()
-            line = child.stdout.readline()
-            if "epoch 8/8" in line:
-                child.wait()
-                break
-            time.sleep(moments.uniform(0, 1))
+        with start(tmp_path, "--resume", backend=backend) as child:
+            is_early = moments.random() < 0.2  # while it loads, restores and compiles
+            while not is_early and not child.stdout.readline().startswith("epoch "):
+                assert child.poll() is None, child.stderr.read()
+            time.sleep(moments.uniform(0, 5 if is_early else 0.5))
             child.kill()
+            kills += child.wait() == -signal.SIGKILL
+    assert kills == KILLS  # else it had come to its end
     done = run_vit(tmp_path, *LONG, "--resume", backend=backend)
     assert done.returncode == 0, done.stderr
     item = read_last_record(tmp_path)
     assert losses(item) == losses(whole)
-    assert len(item["timing"]["epoch_seconds"]) == len(item["quality"]["loss"]) == 8
+    assert len(item["timing"]["epoch_seconds"]) == len(item["quality"]["loss"]) == EPOCHS
     assert any(note.startswith("resumed after epoch ") for note in item["notes"])
     assert "goes on after epoch" in done.stdout and not (tmp_path / "runs").exists()
 
@@ -131,7 +132,7 @@ print(json.dumps([
 
 def test_without_resume_a_stopped_run_is_named_and_left_alone(tmp_path):
     left = kill_after(tmp_path, 2)
-    done = run_vit(tmp_path, *LONG, "--num-epochs=8")
+    done = run_vit(tmp_path, *LONG)
     assert done.returncode == 0 and f"runs/{left.name}: a run of this command" in done.stderr
     assert "goes on" not in done.stdout and (left / "state.npz").exists()
     assert len(list((tmp_path / "runs").iterdir())) == 1
@@ -222,3 +223,74 @@ def test_weights_that_are_not_numbers_are_never_the_best():
     watch.begin_epoch()
     with pytest.raises(Diverged, match="the validation after epoch 1"):
         watch.end_epoch(0, {"loss": 1.0, "val_loss": float("nan"), "val_accuracy": 0.5})
+
+
+# ---- too little memory -------------------------------------------------------------------------
+
+
+def test_parts_of_a_batch_get_smaller_until_they_fit(tmp_path):
+    code = """
+import os, signal, sys
+size = int(sys.argv[-1].partition("=")[2])
+with open("ran.txt", "a") as file:
+    file.write(f"{size} after [{os.environ['VIT_DID_NOT_FIT']}] ")
+if size > 100:
+    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does
+sys.exit(3 if size > 30 else 0)
+"""
+    from harness import fitting
+
+    assert fitting.list_sizes(256, 256, is_even=False) == [256, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert fitting.list_sizes(96, 48, is_even=True) == [48, 24, 12, 6, 2]
+    (tmp_path / "child.py").write_text(code)
+    words = [sys.executable, "child.py"]
+    code = f"from harness import fitting; print(fitting.run_smaller({words!r}, [128, 64, 16, 8]))"
+    done = run_python(tmp_path, "-c", code)
+    assert done.stdout.strip() == "0" and "parts of 64 images did not fit" in done.stderr
+    ran = (tmp_path / "ran.txt").read_text()
+    assert ran == "128 after [] 64 after [128] 16 after [128 64] "
+
+
+LITTLE = 10 << 30  # bytes of addresses; a batch of BIG in one part takes 9 GB, the frameworks 4
+BIG = [
+    *("--dataset=synthetic", "--train-images=2000", "--test-images=100", "--validation-split=0"),
+    *("--num-epochs=1", "--batch-size=2000", "--transformer-layers=2", "--mlp-head-units=64"),
+    "--no-use-wandb",
+]
+
+
+def test_a_run_that_does_not_fit_is_run_in_smaller_parts(tmp_path):
+    """Less address space than a whole batch needs, as the stand-in for a small device."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (LITTLE, LITTLE))
+
+    flags = ["--micro-batch-size=2000", "--fit-memory", *BIG]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "vit.py"), *flags],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "--fit-memory: parts of 2000" in done.stderr, done.stderr[
+        -3000:
+    ]
+    items, _ = record.read_records(tmp_path / "results.jsonl")
+    assert [item["status"] for item in items[:-1]] == ["oom"] * (len(items) - 1) and len(items) > 1
+    assert items[-1]["status"] == "ok" and items[-1]["config"]["batch_size"] == 2000
+    assert any(note.startswith("--fit-memory: parts of 2000") for note in items[-1]["notes"])
+
+
+# ---- secrets -----------------------------------------------------------------------------------
+
+
+def test_the_key_is_in_nothing_that_a_run_leaves(tmp_path):
+    key = "0123456789abcdef" * 2 + "deadbeef"
+    secret = {"WANDB_API_KEY": key, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = run_vit(tmp_path, *SMALL, "--trainer=fit", wandb=True, **secret)
+    assert done.returncode == 0 and key not in done.stdout + done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("wandb" in str(path) for path in files)
+    assert not [path for path in files if key.encode() in path.read_bytes()]

@@ -1,0 +1,58 @@
+"""Find how much of a batch the memory holds, by trying: a process each, since no framework gives
+all memory back after it has run out, and the kernel may kill one without a word."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from harness import ending
+
+TRIED = "VIT_DID_NOT_FIT"  # names the sizes for the record of the run that follows
+
+
+def list_sizes(batch_size, largest, is_even):
+    """Divisors of a batch from `largest` downwards, each at most half the one before."""
+    sizes = [largest]
+    for size in range(largest // 2, 0, -1):
+        fits = batch_size % size == 0 and not (is_even and size % 2)
+        if fits and size <= sizes[-1] // 2:
+            sizes.append(size)
+    return sizes
+
+
+def run_smaller(command, sizes):
+    """Run a command with --micro-batch-size of each of the sizes, until one does not run out of
+    memory; returns its exit code, that of the last if none."""
+    tried, child = [], None
+
+    def forward(number, frame):
+        if child is not None:
+            child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    for size in sizes:
+        child = subprocess.Popen(
+            [*command, f"--micro-batch-size={size}"],
+            env={**os.environ, TRIED: " ".join(map(str, tried))},
+            preexec_fn=ending.end_with_parent,
+            start_new_session=True,  # the terminal's Ctrl-C comes once, by `forward`
+        )
+        code = child.wait()
+        tried.append(size)
+        if code not in (3, -signal.SIGKILL):
+            break
+        if size != sizes[-1]:
+            print(
+                f"--fit-memory: parts of {size} images did not fit: smaller ones", file=sys.stderr
+            )
+    return code if code >= 0 else 128 - code
+
+
+def describe_tried():
+    """A note for the record of a run for which larger parts did not fit, or None."""
+    tried = os.environ.get(TRIED)
+    return (
+        f"--fit-memory: parts of {', '.join(tried.split())} images did not fit" if tried else None
+    )
