@@ -965,7 +965,7 @@ def write_csv(report, path):
 
 
 def look(index):
-    return {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+    return {"color": COLOURS[index % 7], "marker": MARKERS[(index + index // 7) % 7]}
 
 
 def name_rows(axes, report):
@@ -975,8 +975,9 @@ def name_rows(axes, report):
     axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
-def plot_speed(axes, report):
-    for index, cell in enumerate(report["cells"]["images_per_second"]):
+def plot_repeats(axes, report, key="images_per_second"):
+    """Each repeat a dot, a row an entry"""
+    for index, cell in enumerate(report["cells"][key]):
         if cell["values"]:
             colour = look(index)["color"]
             axes.plot([cell["low"], cell["high"]], [index, index], color=colour, linewidth=2)
@@ -984,7 +985,9 @@ def plot_speed(axes, report):
             heights = index + np.linspace(-0.2, 0.2, len(cell["values"]) + 2)[1:-1]
             axes.scatter(cell["values"], heights, 60, zorder=3, edgecolor="white", **look(index))
     name_rows(axes, report)
-    axes.set(xlabel="training, images/s")
+    values = [value for cell in report["cells"][key] for value in cell["values"]]
+    is_wide = min(values, default=1) * 10 < max(values, default=1)
+    axes.set(xlabel=find_metric(key)[0], xscale="log" if is_wide else "linear")
 
 
 def plot_memory(axes, report):
@@ -1080,7 +1083,7 @@ def draw(plot, report, *arguments, form="svg"):
     from matplotlib.figure import Figure
 
     count = len(report["labels"])
-    height = 1.2 + 0.7 * count if plot in (plot_speed, plot_memory) else 3.4 + 0.35 * count
+    height = 1.2 + 0.7 * count if plot in (plot_repeats, plot_memory) else 3.4 + 0.35 * count
     with matplotlib.rc_context({"font.size": 12, "svg.hashsalt": "compare"}):
         figure = Figure(figsize=(5, height), layout="constrained", dpi=200)
         axes = figure.add_subplot()
@@ -1098,31 +1101,42 @@ def draw(plot, report, *arguments, form="svg"):
     return buffer.getvalue()
 
 
+def list_plots(report):
+    """{title: (function, arguments beside axes and report)}, the most telling first"""
+    if not report["is_served"]:
+        return {
+            "Training speed: each repeat a dot, the bar the median": (plot_repeats,),
+            "Peak memory, medians": (plot_memory,),
+            "Accuracy over epochs, each repeat a line": (plot_curves, "epochs"),
+            "Accuracy over seconds, each repeat a line": (plot_curves, "s"),
+            "Cost of starting, cost per epoch": (plot_cost,),
+        }
+    names = ("p50_ms", "p99_ms", "images_per_second")
+    sizes = {key.split()[0] for key in report["cells"]}
+    if len(sizes) == 1:
+        keys = {LATENCY[name][0]: f"{min(sizes)} {name}" for name in names}
+        return {
+            f"{title}: each repeat a dot, the bar the median": (plot_repeats, key)
+            for title, key in keys.items()
+            if key in report["cells"]
+        }
+    plots = {
+        f"{LATENCY[name][0]} over batch sizes, median and range": (plot_latency, name)
+        for name in names
+    }
+    return plots | {"Throughput against latency, a point a batch size": (plot_throughput,)}
+
+
 def write_report(report, folder):
     """report.html (one page, nothing from elsewhere), report.md, .csv, .svg and .png"""
     import jinja2
 
     folder.mkdir(parents=True, exist_ok=True)
-    if report["is_served"]:
-        names = ("p50_ms", "p99_ms", "images_per_second")
-        plots = {
-            f"{LATENCY[name][0]} over batch sizes, median and range": draw(
-                plot_latency, report, name
-            )
-            for name in names
-        }
-        plots["Throughput against latency, a point a batch size"] = draw(plot_throughput, report)
-    else:
-        plots = {
-            "Training speed: each repeat a dot, the bar the median": draw(plot_speed, report),
-            "Peak memory, medians": draw(plot_memory, report),
-            "Accuracy over epochs, each repeat a line": draw(plot_curves, report, "epochs"),
-            "Accuracy over seconds, each repeat a line": draw(plot_curves, report, "s"),
-            "Cost of starting, cost per epoch": draw(plot_cost, report),
-        }
+    shown = list_plots(report)
+    plots = {title: draw(plot, report, *given) for title, (plot, *given) in shown.items()}
     (folder / "report.svg").write_bytes(next(iter(plots.values())))
-    first = (plot_latency, report, "p50_ms") if report["is_served"] else (plot_speed, report)
-    (folder / "report.png").write_bytes(draw(*first, form="png"))
+    plot, *given = next(iter(shown.values()))
+    (folder / "report.png").write_bytes(draw(plot, report, *given, form="png"))
     write_csv(report, folder / "report.csv")
     pictures = {title: base64.b64encode(plot).decode() for title, plot in plots.items()}
     loader = jinja2.FileSystemLoader(ROOT / "harness")
