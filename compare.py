@@ -561,7 +561,7 @@ def group_records(found):
         config = {k: v for k, v in item["config"].items() if not NOT_WORK.search(k)}
         config = {k: v for k, v in config.items() if kind == "train" or k not in NOT_SERVED}
         work = tuple(sorted((key, json.dumps(value)) for key, value in config.items()))
-        node = dig(item, "device.node_name") or dig(item, "config.node_name")
+        node = str(dig(item, "device.node_name") or dig(item, "config.node_name") or "")
         rows.append((item, name, work, node))
         for key, value in (((name[0], name[2]), work), (name[0], node)):
             known[key] = known.get(key) or value
@@ -645,7 +645,7 @@ def check_fairness(entries, reference, is_served):
                 values = {None if None in values else ", ".join(map(str, values))}
             else:
                 values = [dig(item, dotted) for item in entry["ok"].values()]
-                values = {tuple(v) if isinstance(v, list) else v for v in values}
+                values = {json.dumps(v) if isinstance(v, list | dict) else v for v in values}
             for value in values:
                 holders[value].append(entry)
         unknown = holders.pop(None, [])

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -83,6 +84,18 @@ MEASURED["pretrain"] = {  # the same, but that nothing is classified
     "timing": tuple(name for name in MEASURED["train"]["timing"] if name != "evaluation_seconds"),
     "quality": MEASURED["train"]["quality"][: MEASURED["train"]["quality"].index("accuracy")],
 }
+
+# What a report computes with, by dotted names: lists of numbers, and numbers.
+LISTS = re.compile(
+    r"timing\.(load_)?(epoch|validation|iteration)_seconds"
+    r"|quality\.(val_)?(loss|accuracy|top5_accuracy)"
+)
+NUMBERS = re.compile(
+    r"timing\.(?!compile_cache$).+|memory\..+_bytes|energy\.(joules.*|window_seconds)"
+    r"|model\.(parameters|bytes_on_disk|.+_per_image)|config\.(batch_size|rows|seed)"
+    r"|quality\.(test_.+|best_epoch|.+_images|logits_difference)"
+)
+LARGEST = 1e100  # beyond it sums might be no numbers any more
 
 
 class RecordError(ValueError):
@@ -246,7 +259,19 @@ def check_structure(record):
             problems.append(f"{key}: expected {expected}, got {str(record[key])[:40]!r}")
     if not all(isinstance(note, str) for note in record["notes"]):
         problems.append("notes: expected a list of strings")
+    for group in ("config", "model", "timing", "memory", "energy", "quality"):
+        for field, value in record[group].items():
+            name = f"{group}.{field}"
+            if LISTS.fullmatch(name):
+                if not (value is None or isinstance(value, list) and all(map(_is_number, value))):
+                    problems.append(f"{name}: expected a list of numbers")
+            elif NUMBERS.fullmatch(name) and not _is_number(value):
+                problems.append(f"{name}: expected a number, got {str(value)[:40]!r}")
     return problems
+
+
+def _is_number(value):
+    return value is None or isinstance(value, int | float) and abs(value) < LARGEST
 
 
 def reason_for(record, name):

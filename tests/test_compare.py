@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -823,3 +824,40 @@ def test_help_is_quick_and_imports_no_keras():
     code = "import sys, compare; print({'keras', 'jax', 'torch', 'matplotlib'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "set()", run.stderr
+
+
+# ---- Records that no program wrote
+
+STRANGE = [None, -1, 0, "x", [], {}, 1e308, 1 << 70, True, "é" * 300, [None], {"a": None}, [[1]]]
+
+
+def list_places(value, place=()):
+    yield place
+    keys = list(value) if isinstance(value, dict) else []
+    keys = range(min(len(value), 3)) if isinstance(value, list) else keys
+    for key in keys:
+        yield from list_places(value[key], (*place, key))
+
+
+def spoil(record, rng):
+    """Put something strange into up to four places of a record, or take them out"""
+    for _ in range(rng.choice((1, 1, 1, 4))):
+        place = rng.choice([place for place in list_places(record) if place])
+        inner = record
+        for key in place[:-1]:
+            inner = inner[key]
+        if isinstance(inner, dict) and rng.random() < 0.2:
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = rng.choice(STRANGE)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_spoiled_record_never_crashes_a_report(bench, capsys, seed):
+    rng = random.Random(seed)
+    items = json.loads(json.dumps(pair_up() if seed % 2 else serve_both()))
+    spoil(rng.choice(items), rng)
+    (bench / "a.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    arguments = ("--report", "out") if seed % 10 < 2 else ()
+    code, told = run_main("a.jsonl", *arguments), capsys.readouterr()
+    assert code in (0, 2) and (code == 0 or len(told.err.splitlines()) == 1)
