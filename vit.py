@@ -199,9 +199,7 @@ class ViTConfig:
     allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     # files and logs
     checkpoint_path: Path | None = None  # a file NAME.weights.h5 for the weights that were tested
-    model_path: Path | None = (
-        None  # a file PATH.keras for the whole model, for latency.py and others
-    )
+    model_path: Path | None = None  # a file PATH.keras for the whole model, such as for latency.py
     results_path: Path = Path("results.jsonl")  # the record is appended here
     node_name: str = field(default_factory=platform.node)
     verbose: bool = True  # a line an epoch, and a summary
@@ -1051,7 +1049,9 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     try:
         files = state.open_folder(root, name, config.resume)
     except OSError as error:
-        fail(f"--results-path: expected a folder for runs/, or --no-keep-state: {error.strerror}")
+        files = state.open_folder(None, name, config.resume)
+        files.problems.append(f"not written: {root}, states for --resume: {error.strerror}")
+        state.tell(f"{files.problems[0]} (see --no-keep-state)")
     run = None
     if config.use_wandb:
         run = start_wandb(config, files.state and files.state.facts["wandb_id"])
@@ -1074,7 +1074,7 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     )
     if run is not None:
         finish_wandb(run, report)
-    state.close_folder(files, is_over=report["status"] == "ok" and exit_code == 0)
+    state.close_folder(files, is_over=exit_code == 0 or report["status"] == "diverged")
     return exit_code
 
 

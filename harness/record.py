@@ -215,6 +215,9 @@ def deliver_record(path, record, is_shown):
         written = f"not written: {problem}"
     if is_shown:
         print(f"{summarize(record)}\n  {'record':<14} {written}", flush=True)
+        for note in record["notes"]:
+            if note.startswith("not written: "):
+                print(f"  {note}", flush=True)
     return written == path
 
 

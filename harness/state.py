@@ -105,6 +105,7 @@ def open_folder(root, name, is_resumed):
     """
     if root is None:
         return RunFiles(name, Path(tempfile.mkdtemp(prefix="keras-vit-")), is_kept=False)
+    root.mkdir(parents=True, exist_ok=True)
     found = []  # (path, lock, state)
     for path in sorted(root.glob(f"{name}-*")):
         if (lock := take(path)) is not None:
@@ -116,7 +117,7 @@ def open_folder(root, name, is_resumed):
     for path, lock, state in found:
         if lock != (chosen and chosen[1]):
             os.close(lock)
-            if not is_resumed:
+            if state and not is_resumed:
                 tell(f"{path}: a run of this command after epoch {state.facts['epochs']}: --resume")
     number = len(list(root.glob(f"{name}-*")))
     while chosen is None:

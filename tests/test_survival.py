@@ -207,10 +207,18 @@ def test_a_disk_without_room_is_told_and_training_goes_on(tmp_path):
     item = read_last_record(tmp_path)
     told = [note for note in item["notes"] if note.startswith("not written: ")]
     assert item["status"] == "ok" and len(told) == 3, told  # best, state, --checkpoint-path
-    assert all(line in done.stderr for line in told) and "Traceback" not in done.stderr
+    assert all(line in done.stderr and line in done.stdout for line in told)
+    assert "Traceback" not in done.stderr
     assert item["quality"]["test_accuracy"] is not None
     assert "the last epoch's weights were tested" in item["notes"]
     assert not list(tmp_path.glob("*.h5"))
+
+
+def test_no_place_for_states_is_told_and_training_goes_on(tmp_path):
+    (tmp_path / "runs").write_text("a file, where the folder should be")
+    done = run_vit(tmp_path, *SMALL, "--trainer=fit")
+    assert done.returncode == 6 and "states for --resume" in done.stdout, done.stderr
+    assert read_last_record(tmp_path)["status"] == "ok"
 
 
 def test_weights_that_are_not_numbers_are_never_the_best():

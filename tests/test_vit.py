@@ -377,7 +377,7 @@ def test_no_compiler_is_told_before_training(tmp_path):
 
 
 def test_a_full_disk_at_the_end_is_told(tmp_path):
-    done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--results-path=/dev/full")
+    done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--no-keep-state", "--results-path=/dev/full")
     assert done.returncode == 6 and "could not be written" in done.stderr
     assert "Traceback" not in done.stderr and "test accuracy" in done.stdout
 
