@@ -294,7 +294,7 @@ def test_energy_of_different_sources_is_not_compared():
         ({"precision": "tf32"}, "precision differs: float32 (jax); tf32 (torch)"),
         ({"model__parameters": 999}, "model.parameters differs: 1000 (jax); 999 (torch)"),
         ({"config__batch_size": 32}, "config.batch_size differs: 64 (jax); 32 (torch)"),
-        ({"config__units": [8, 4]}, "config.units differs: (4, 4) (jax); (8, 4) (torch)"),
+        ({"config__units": [8, 4]}, "config.units differs: [4, 4] (jax); [8, 4] (torch)"),
         ({"config__seed": 9}, "config.seed differs: 1, 2, 3 (jax); 9, 9, 9 (torch)"),
         ({"quality__data_fingerprint": "x"}, "quality.data_fingerprint differs: f1, f2, f3"),
         ({"versions__keras": "3.0.0"}, "versions.keras differs: 3.15.1 (jax); 3.0.0 (torch)"),

@@ -78,10 +78,10 @@ schedule = keras.optimizers.schedules.CosineDecay(0.01, 10)
 found = []
 for make in (
     lambda: keras.optimizers.SGD(schedule, momentum=0.9),
-    lambda: keras.optimizers.AdamW(schedule, weight_decay=0.1, global_clipnorm=0.1),
-    lambda: keras.optimizers.Adam(schedule),
     lambda: keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=0.1),
-    lambda: keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.5),
+    lambda: keras.optimizers.AdamW(
+        schedule, weight_decay=0.1, global_clipnorm=0.1, use_ema=True, ema_momentum=0.5
+    ),
 ):
     compiled, plain = create(optimizer=make()), create(optimizer=make())
     losses, _ = train(compiled, order[:4])

@@ -263,8 +263,8 @@ def test_flags_before_and_after_the_dashes(tmp_path):
 # ---- other runtimes ----------------------------------------------------------------------------
 
 EXPORTED = {  # what each backend is asked for, and which of it is not here
-    "jax": ["onnx", "onnx-int8", "keras-int8", "openvino", "savedmodel"],
-    "torch": ["onnx-int8", "openvino", "torch", "tensorrt"],  # more would compile for minutes
+    "jax": ["onnx-int8", "keras-int8", "openvino", "savedmodel"],  # openvino reads onnx
+    "torch": ["onnx", "openvino", "torch", "tensorrt"],  # more would compile for minutes
 }
 ABSENT = {
     "savedmodel": "tensorflow not installed: pip install '.[tensorflow]'",

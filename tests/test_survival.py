@@ -17,6 +17,7 @@ from harness import record
 # Dropout, averages and a schedule: all that a state holds is in use.
 KILLS = int(os.environ.get("KILLS", 3))  # a start takes seconds; results/faults.md was made with 30
 EPOCHS = 8 * KILLS
+ONE_BACKEND = pytest.mark.parametrize("backend", ["jax"], scope="session")  # the same on each
 LONG = [*SMALL, f"--num-epochs={EPOCHS}", "--ema=0.9", "--schedule=cosine", "--no-use-wandb"]
 
 
@@ -91,9 +92,8 @@ def test_the_other_backend_goes_on(tmp_path, whole, backend):
     np.testing.assert_allclose(item["quality"]["loss"], whole["quality"]["loss"], rtol=1e-5)
 
 
-def test_a_damaged_state_is_passed_over(tmp_path, whole, backend):
-    if backend != "jax":
-        pytest.skip("files are the same on every backend")
+@ONE_BACKEND
+def test_a_damaged_state_is_passed_over(tmp_path, whole):
     left = kill_after(tmp_path, 4)
     content = bytearray((left / "state.npz").read_bytes())
     content[len(content) // 2] ^= 1
@@ -150,10 +150,9 @@ def test_two_runs_of_one_command_at_once(tmp_path):
     assert losses(items[0]) == losses(items[1])
 
 
+@ONE_BACKEND
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_who_stops_a_run_can_go_on_with_it(tmp_path, whole, backend, number, code):
-    if backend != "jax":
-        pytest.skip("signals are handled the same on every backend")
+def test_who_stops_a_run_can_go_on_with_it(tmp_path, whole, number, code):
     with start(tmp_path) as child:
         wait_for_epoch(child, 2)
         child.send_signal(number)
