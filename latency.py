@@ -453,6 +453,11 @@ class Server(NamedTuple):
     run: Callable  # from that to logits, computed when it returns
 
 
+def start_compiled(forward):
+    """A Server of a function from pixels on the device to logits that are not waited for."""
+    return Server(engine.place, lambda x: engine.wait(forward(x)))
+
+
 def start_native(config, report):
     """The model by hand."""
     peer = importlib.import_module(f"peers.imagenet_{config.keras_backend}")
@@ -461,7 +466,7 @@ def start_native(config, report):
     )
     report["model"] |= {"parameters": parameters, "input_shape": (224, 224, 3)}
     report["notes"].append("model.flops_per_image: not counted in a model by hand")
-    return Server(engine.place, lambda x: engine.wait(forward(x)))
+    return start_compiled(forward)
 
 
 def start(model, runtime, size, folder, calibration, report):
@@ -485,8 +490,7 @@ def start(model, runtime, size, folder, calibration, report):
         if runtime == "predict":
             server = Server(lambda pixels: pixels, partial(model.predict, verbose=0))
         else:
-            forward = engine.compile_forward(model, is_frozen=True)
-            server = Server(engine.place, lambda x: engine.wait(forward(x)))
+            server = start_compiled(engine.compile_forward(model, is_frozen=True))
     report["model"]["bytes_on_disk"] = count_bytes(files)
     return server
 

@@ -61,6 +61,12 @@ def write(model, shape, form, path, **choices):
     return path
 
 
+def write_onnx(model, shape, folder):
+    """[the ONNX file, and what of a large model's weights lies beside it]"""
+    path = write(model, shape, "onnx", folder / "model.onnx")
+    return [path, *folder.glob("model.onnx.data")]
+
+
 def start_onnx(files, providers):
     """onnxruntime on the first of `files`, by the first of `providers` that it has here."""
     import onnxruntime
@@ -68,22 +74,15 @@ def start_onnx(files, providers):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     has = onnxruntime.get_available_providers()
-    session = onnxruntime.InferenceSession(
-        files[0],
-        options,
-        providers=[name for name in (*providers, "CPUExecutionProvider") if name in has],
-    )
-    name, on_gpu = (
-        session.get_inputs()[0].name,
-        session.get_providers()[0] != "CPUExecutionProvider",
-    )
-    serve = lambda pixels: session.run(None, {name: pixels})[0]  # noqa: E731
-    return Served(serve, files, "onnxruntime", on_gpu)
+    providers = [name for name in (*providers, "CPUExecutionProvider") if name in has]
+    session = onnxruntime.InferenceSession(files[0], options, providers=providers)
+    name = session.get_inputs()[0].name
+    on_gpu = session.get_providers()[0] != "CPUExecutionProvider"
+    return Served(lambda x: session.run(None, {name: x})[0], files, "onnxruntime", on_gpu)
 
 
 def export_onnx(model, shape, folder, pictures, providers=("CUDAExecutionProvider",)):
-    path = write(model, shape, "onnx", folder / "model.onnx")
-    return start_onnx([path, *folder.glob("model.onnx.data")], providers)
+    return start_onnx(write_onnx(model, shape, folder), providers)
 
 
 def export_tensorrt(model, shape, folder, pictures):
@@ -148,11 +147,10 @@ def export_openvino(model, shape, folder, pictures):
         path = write(model, shape, "openvino", folder / "model.xml")
         files = [path, path.with_suffix(".bin")]
     else:  # there Keras' exporter needs TensorFlow; OpenVINO also reads ONNX
-        path = write(model, shape, "onnx", folder / "model.onnx")
-        files = [path, *folder.glob("model.onnx.data")]
+        files = write_onnx(model, shape, folder)
     # Without the hint it would compute in bfloat16 where the processor has that.
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", hints)
+    compiled = openvino.Core().compile_model(files[0], "CPU", hints)
     return Served(lambda pixels: compiled(pixels)[0], files, "openvino")
 
 
