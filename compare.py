@@ -5,6 +5,7 @@
     python compare.py --entries jax native-jax torch:--trainer=fit "torch:--trainer=fit --seed=7"
     python compare.py --launcher 'docker run --rm --gpus all -v $PWD:/app vit:ook-{image}'
     python compare.py results/*.jsonl --report out    # measures nothing: reports on these records
+    python compare.py --find-memory                   # the least memory that each trains in
 
 What stands after `--` goes to vit.py as it is. Each run is a process of its own; this one sleeps
 meanwhile. The order is A B, B A, A B ..., so that a machine that warms up or slows down does so
@@ -33,6 +34,7 @@ Exit status: 0 every run ok, 1 some run failed, 2 bad input, 130 interrupted.
 import base64
 import collections
 import csv
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -61,7 +63,7 @@ from rich.table import Column, Table
 
 from harness import tracking
 from harness.cli import list_flags, split_words
-from harness.ending import KILLED
+from harness.ending import KILLED, OUT_OF_MEMORY
 from harness.record import (
     KEYS,
     RecordError,
@@ -82,6 +84,10 @@ SUBJECTS = {  # name: (module and pip extra, {image} of the launcher, program; N
     "keras-io-jax": ("jax", "jax", "peers/keras_io.py"),
     "keras-io-torch": ("torch", "pytorch", "peers/keras_io.py"),
 }
+MEMORY_WORK = shlex.split(  # two steps of the default model
+    "--dataset synthetic --train-images 512 --test-images 100 --validation-split 0 --num-epochs 1"
+)
+MEMORY_PRECISION = 1.05  # that a limit is known to
 DEFAULT_WORK = shlex.split(  # 20 to 30 s a run on 2 CPU cores
     "--dataset synthetic --num-classes 10 --train-images 1000 --test-images 500 --num-epochs 4"
     " --batch-size 64 --image-size 32 --patch-size 4 --transformer-layers 4 --mlp-head-units 256"
@@ -109,6 +115,7 @@ class CompareConfig:
     dry_run: bool = False  # print the commands in their order
     launcher: str = ""  # stands before each command; {image} is jax, pytorch or tensorflow
     script: str = "vit.py"  # what backends run, e.g. another checkout's vit.py
+    find_memory: bool = False  # instead: the smallest --memory-limit that each entry trains in
     parity: bool = True  # first see by parity.py whether the backends compute the same
     target_accuracy: float | None = None  # report the time to this validation accuracy, 0 to 1
     report: Path | None = None  # folder for report.html, .md, .csv, .svg and .png
@@ -305,6 +312,8 @@ def measure_run(run, path, verbose):
         status, error = "interrupted", "stopped before it wrote a record"
     elif returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
         status, error = "oom", KILLED
+    elif any(sign in error for sign in OUT_OF_MEMORY):
+        status = "oom"
     elif found:
         error = f"its record has the id {found[-1]['id']} instead of VIT_RECORD_ID's"
     record = create_record(run["kind"], id=run["id"], status=status, error=error, started=started)
@@ -393,6 +402,57 @@ def check_parity(entries, config, work, path, comparison, console):
         record = create_record("parity", id=record_id, error=error, argv=command)
         record["notes"] = ["backend: parity was not checked", "precision: likewise"]
         append_record(path, record)
+
+
+def find_memory(entries, config, work, path, comparison, console):
+    """Bisects the smallest --memory-limit with which each entry's run ends well; returns whether
+    all was found. Any end but a good one counts as too little, since without a limit it is good."""
+    flags = [] if "seed" in list_flags(work) else ["--seed", "0"]
+    tries = dataclasses.replace(config, repeats=100)
+    found, table = [], Table("GB (1e9 bytes)", "trained in", "not in", "took without a limit")
+
+    def train(run, limit):
+        run["command"] += ["--memory-limit", str(limit)] if limit else []
+        record, interrupted = measure_run(run, path, config.verbose)
+        if interrupted:
+            raise KeyboardInterrupt
+        outcome = record["status"] + (f" ({record['error']})" if record["error"] else "")
+        console.print(f"{run['label']}, {f'{limit} GB' if limit else 'no limit'}: {outcome}")
+        return record
+
+    def fits(runs, limit):
+        return train(next(runs), limit)["status"] == "ok"
+
+    for entry in entries:
+        runs = iter(create_plan([entry], tries, [*work, *flags], path, comparison))
+        free, least, most = train(next(runs), None), None, None
+        taken = dig(free, "memory.device_peak_bytes") or dig(free, "memory.host_peak_bytes") or 0
+        if free["status"] == "ok":
+            least, most = bisect_memory(functools.partial(fits, runs), taken / 1e9)
+        found.append(least)
+        figures = (least, most, taken / 1e9 or None)
+        table.add_row(entry["label"], *(show(value) for value in figures))
+    console.print(table)
+    return None not in found
+
+
+def bisect_memory(fits, start):
+    """(smallest that fits, largest that does not), apart by at most MEMORY_PRECISION times; from
+    a guess up or down until both are known, then between them. (None, largest) beyond 16 times the
+    guess"""
+    least = most = None
+    limit = start
+    while None in (least, most) or least > most * MEMORY_PRECISION:
+        limit = float(f"{limit:.3g}")
+        if fits(limit):
+            least = limit
+        else:
+            most = limit
+        if least is None and most > 16 * start:
+            break
+        known = [bound for bound in (least, most) if bound is not None]
+        limit = (least * most) ** 0.5 if len(known) == 2 else limit * (1.4 if most else 1 / 1.4)
+    return least, most
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -1203,12 +1263,23 @@ def run_comparison(config, work, console):
     if fixed := list_flags(work) & {"results-path", "keras-backend"}:
         raise BadInput(f"--{min(fixed)} cannot stand after --; use --results-path or --backends")
     entries = choose_entries(config)
-    work = work or ([] if serves(config) else DEFAULT_WORK)
+    if config.find_memory:
+        fixed = ["--memory-limit"] if "memory-limit" in list_flags(work) else []
+        fixed += ["--resume"] if config.resume else ["--report"] if config.report else []
+        fixed += [x["label"] for x in entries if SUBJECTS[x["name"]][2]] + ["--script"] * serves(
+            config
+        )
+        if fixed:
+            raise BadInput(f"--find-memory trains with vit.py and prints: leave out {fixed[0]}")
+    default = MEMORY_WORK if config.find_memory else DEFAULT_WORK
+    work = work or ([] if serves(config) else default)
     comparison, path = choose_comparison(entries, config, work)
     plan = create_plan(entries, config, work, path, comparison)
     if config.dry_run:
         print("\n".join(shlex.join(run["command"]) for run in plan))
         return 0
+    if config.find_memory:
+        return 0 if find_memory(entries, config, work, path, comparison, console) else 1
     check_parity(entries, config, work, path, comparison, console)
     if not measure(plan, path, config, console):
         return 130

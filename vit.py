@@ -44,6 +44,7 @@ from harness.cli import (
     choose_micro_batch,
     fail,
     list_flags,
+    name_flag,
     parse,
     refuse,
 )
@@ -187,6 +188,7 @@ class ViTConfig:
     batch_size: int = 256
     micro_batch_size: int | None = None  # computed at once; default: on a CPU a part of the batch
     fit_memory: bool = False  # begin again with half of it, the step as large, until it fits
+    memory_limit: float | None = None  # GB that a run may take of the GPU, without one of the host
     num_epochs: int = 10
     resume: bool = False  # go on with this command's run that was stopped, if there is one
     keep_state: bool = field(  # after each epoch, for that, in runs/ beside the records
@@ -263,6 +265,10 @@ class ViTConfig:
             (
                 self.fit_memory and (self.trainer == "fit" or not self.jit_compile),
                 "--fit-memory: expected compiled training, for Keras' fit has no parts of a batch",
+            ),
+            (
+                self.memory_limit and self.keras_backend == "tensorflow",
+                "--memory-limit: expected JAX or PyTorch, got TensorFlow",
             ),
             (
                 self.resume and not self.keep_state,
@@ -348,6 +354,11 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
         )
         sys.exit(fitting.run_smaller([sys.executable, *sys.orig_argv[1:]], SIZES))
     environment.keep_memory()
+    if CONFIG.memory_limit:
+        try:
+            fitting.limit_memory(CONFIG.memory_limit, environment.read_cuda_memory())
+        except ValueError as error:
+            fail(error)
     if not environment.has_cuda():
         _accept_cpu(CONFIG.allow_cpu)
         if CONFIG.keras_backend == "torch":
@@ -358,7 +369,9 @@ else:  # imported, by another command with its own flags or by a test
         _accept_cpu("allow-cpu" in list_flags(sys.argv[1:]))
 
 _import_started = time.perf_counter()
-with environment.hide("matplotlib"):  # for Keras' own plots: half a second of each start
+# For parts of Keras that are not used here: up to a fifth of each start, and tens of megabytes.
+_unused = {"matplotlib", "requests", "jax"} - {os.environ["KERAS_BACKEND"]}
+with environment.hide(*_unused):
     import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
@@ -1007,6 +1020,7 @@ def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=
     """
     cached = environment.count_compiled(engine.BACKEND, is_compiled)
     status, error, exit_code = ending.run_to_end(run, remedy)
+    engine.lift_limit()  # of --memory-limit
     device_peak, matmul = engine.device_peak_bytes(), (None, None)
     if status == "ok" and (report["device"]["kind"] == "gpu") != engine.on_gpu():
         matmul = None, "an exported model computed on another device than the backend's"
@@ -1060,14 +1074,21 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     if tried := fitting.describe_tried():
         report["notes"].append(tried)
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
+    name = "micro_batch_size" if is_compiled(config) else "batch_size"
+    remedy = f"lower {name_flag(name)} {getattr(config, name)}"
+    remedy += f" or raise --memory-limit {config.memory_limit}" if config.memory_limit else ""
+
+    def run_limited():
+        if config.memory_limit:
+            engine.limit_memory(config.memory_limit)
+        experiment(config, load_pictures(config, report, runner), report, files, run)
+
     exit_code = run_recorded(
-        lambda: experiment(config, load_pictures(config, report, runner), report, files, run),
+        run_limited,
         report,
         config.results_path,
         machine,
-        remedy=f"lower --micro-batch-size {config.micro_batch_size}"
-        if is_compiled(config)
-        else f"lower --batch-size {config.batch_size}",
+        remedy=remedy,
         is_compiled=is_compiled(config),
         is_shown=config.verbose,
         problems=files.problems,

@@ -41,6 +41,7 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
         ("mlp_head_units", "transformer_units"),
         (lambda value: all(width > 0 for width in value), "widths above 0"),
     ),
+    "memory_limit": (lambda value: 0 < value < math.inf, "above 0"),
     "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
     "rand_magnitude": (lambda value: 0 <= value <= 10, "0 to 10"),
     "crop_padding": (lambda value: 0 <= value < 32, "0 to 31"),

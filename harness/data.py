@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import shlex
-import socket
 import sys
 import tempfile
 import time
@@ -18,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+
+from harness.download import alone, fetch
 
 LABELS = {"cifar100": "CIFAR-100", "synthetic": "synthetic shapes (not CIFAR-100)"}
 
@@ -385,7 +386,7 @@ def read_pictures(splits, in_memory, max_unreadable):
 
 
 def load_cifar100():
-    """CIFAR-100 through Keras: its cache (~/.keras or KERAS_HOME), its download, its hash check.
+    """CIFAR-100: from Keras' cache (~/.keras or KERAS_HOME), or downloaded to there.
 
     Keras unpacks and decodes the archive at every call, which takes seconds; what it gave is kept
     beside the archive, as an .npz whose checksums are verified when it is read.
@@ -398,38 +399,55 @@ def load_cifar100():
         DataError: the archive is damaged, or neither there nor to be had.
     """
     archive, folder = find_cifar100()
+    if kept := read_kept(folder + ".npz"):
+        return kept
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(archive), exist_ok=True)
+    with alone(archive + ".lock"):  # of several runs that start at once, one does it for all
+        if kept := read_kept(folder + ".npz"):
+            return kept
+        if not os.path.exists(archive):
+            download_cifar100(archive)
+        train, test = unpack_cifar100(archive, folder)
+        keep(folder + ".npz", *train, *test)
+    return train, test
+
+
+def read_kept(path):
+    """What `keep` has written; None where it is not there yet, or damaged."""
     try:
-        with np.load(folder + ".npz") as arrays:
+        with np.load(path) as arrays:
             x_train, y_train, x_test, y_test = (arrays[name] for name in arrays.files)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there yet, or damaged
-        (x_train, y_train), (x_test, y_test) = unpack_cifar100(archive, folder)
-        keep(folder + ".npz", x_train, y_train, x_test, y_test)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        return None
     return (x_train, y_train), (x_test, y_test)
 
 
+def download_cifar100(archive):
+    try:
+        fetch(CIFAR100_URL, archive, CIFAR100_SHA256, STALL_SECONDS)
+    except (OSError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"CIFAR-100: expected {archive}, found nothing there and could not download it "
+            f"({reason}); run again, which goes on where this broke off, or put {CIFAR100_URL} "
+            "there under that name, or use --dataset synthetic"
+        ) from error
+
+
 def unpack_cifar100(archive, folder):
-    """What `load_cifar100` returns, by Keras from the archive, which it fetches where need be."""
+    """What `load_cifar100` returns, by Keras from the archive."""
     import keras  # here, not at the top: the caller has chosen the backend by now
 
     # Keras checks the hash too, but where it differs it downloads anew, and where that fails it
     # deletes the file. Asking first (a tenth of a second) leaves the file to its owner.
-    if os.path.exists(archive) and not is_official(archive):
+    if not is_official(archive):
         raise DataError(describe_damage(archive, "unreadable, or not the official sha256"))
-    default_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
     try:
         train, test = keras.datasets.cifar100.load_data()
-    except Exception as error:  # Keras raises a plain Exception where a download fails
+    except Exception as error:  # a plain one, where what was unpacked before is damaged
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if not os.path.exists(archive):
-            raise DataError(
-                f"CIFAR-100: expected {archive}, found nothing there and could not download it "
-                f"({reason}); put {CIFAR100_URL} there under that name, or use --dataset synthetic"
-            ) from error
-        damaged = folder if is_official(archive) else archive
-        raise DataError(describe_damage(damaged, reason)) from error
-    finally:
-        socket.setdefaulttimeout(default_timeout)
+        raise DataError(describe_damage(folder, reason)) from error
     if train[0].shape[1] == 3:  # a keras.json may ask for channels first
         train, test = ((x.transpose(0, 2, 3, 1), y) for x, y in (train, test))
     return tuple((x, y.reshape(-1).astype(np.int32)) for x, y in (train, test))

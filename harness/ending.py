@@ -14,7 +14,7 @@ import traceback
 NOT_WRITTEN = 6
 OUT_OF_MEMORY = (  # each framework words it in its own way
     *("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory"),
-    *("not enough memory", "OOM when allocating"),
+    *("not enough memory", "OOM when allocating", "bad_alloc", "Cannot allocate memory"),
     "NVML_SUCCESS == r INTERNAL ASSERT",  # PyTorch's on a Jetson that has no memory left
 )
 KILLED = "killed (SIGKILL), most likely because memory ran out"  # it leaves a process no word
@@ -108,9 +108,11 @@ def judge(error, remedy):
     if hasattr(error, "ending"):
         status, code = error.ending
         return status, str(error), code
-    line = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-    if is_out_of_memory(error):
-        return "oom", f"out of memory: {remedy} ({line})", 3
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    line = lines[0][:300]
+    if is_out_of_memory(error):  # Keras may put lines of its own before the allocator's
+        told = (line[:300] for line in lines if any(sign in line for sign in OUT_OF_MEMORY))
+        return "oom", f"out of memory: {remedy} ({next(told, line)})", 3
     traceback.print_exception(error)
     return "error", line, 1
 

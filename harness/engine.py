@@ -11,6 +11,7 @@ import ctypes
 import gc
 import math
 import platform
+import resource
 from functools import partial
 from operator import itemgetter
 
@@ -50,6 +51,22 @@ def gpu_name():
     return tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0]).get(
         "device_name"
     )
+
+
+def limit_memory(gigabytes):
+    """Cap what this process takes from now on: PyTorch's share of a GPU; JAX has read its own when
+    it started. Without a GPU the kernel refuses more data (Linux), until `lift_limit`."""
+    size = int(gigabytes * 1e9)
+    if not on_gpu():
+        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.RLIM_INFINITY))
+    elif BACKEND == "torch":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0))
+
+
+def lift_limit():
+    """Let what comes after a run have all memory of the host."""
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def set_precision(precision):

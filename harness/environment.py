@@ -54,16 +54,15 @@ def set_variables():
 
 
 @contextlib.contextmanager
-def hide(module):
-    """Let nobody find a module that they would use if it were installed."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None
+def hide(*modules):
+    """Let nobody find modules that they would use if they were installed."""
+    hidden = [module for module in modules if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
     try:
         yield
     finally:
-        del sys.modules[module]
+        for module in hidden:
+            del sys.modules[module]
 
 
 def has_cuda():
@@ -72,6 +71,16 @@ def has_cuda():
         return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
     except OSError:
         return False
+
+
+def read_cuda_memory():
+    """All memory of the first GPU in bytes, from CUDA's driver; None without a GPU."""
+    if not has_cuda():
+        return None
+    cuda, device, total = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_size_t()
+    cuda.cuDeviceGet(ctypes.byref(device), 0)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+    return total.value
 
 
 def precompile_header():

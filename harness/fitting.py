@@ -1,5 +1,8 @@
-"""Find how much of a batch the memory holds, by trying: a process each, since no framework gives
-all memory back after it has run out, and the kernel may kill one without a word."""
+"""Little memory: a cap on what a run may take, and how much of a batch fits, found by trying.
+
+Each try is a process, since no framework gives all memory back after it has run out, and the kernel
+may kill one without a word.
+"""
 
 import os
 import signal
@@ -9,6 +12,24 @@ import sys
 from harness import ending
 
 TRIED = "VIT_DID_NOT_FIT"  # names the sizes for the record of the run that follows
+
+
+def limit_memory(gigabytes, gpu_bytes):
+    """Cap the memory of this process, before it imports a framework: on a GPU of `gpu_bytes` by
+    what JAX reads when it starts (engine.limit_memory tells PyTorch). Without one nothing happens
+    yet.
+
+    Raises:
+        ValueError: the GPU has less than that.
+    """
+    if not gpu_bytes:
+        return
+    share = gigabytes * 1e9 / gpu_bytes
+    if share > 1:
+        raise ValueError(
+            f"--memory-limit: expected at most the GPU's {gpu_bytes / 1e9:.1f} GB, got {gigabytes}"
+        )
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)
 
 
 def list_sizes(batch_size, largest, is_even):

@@ -24,15 +24,10 @@ import numpy as np
 SCHEMA = 1  # goes up when a file's meaning changes
 STATES = ("state.npz", "state.before.npz")  # the newer first
 # Choices on which a training does not depend, but for rounding.
-OTHER = {"keras_backend", "node_name", "verbose", "resume", "keep_state", "allow_cpu", "use_wandb"}
-
-OTHER |= {
-    "results_path",
-    "checkpoint_path",
-    "model_path",
-    "loader_workers",
-    "loader_prefetch",
-    "fit_memory",
+OTHER = {
+    *("keras_backend", "node_name", "verbose", "resume", "keep_state", "allow_cpu", "use_wandb"),
+    *("results_path", "checkpoint_path", "model_path", "loader_workers", "loader_prefetch"),
+    *("fit_memory", "memory_limit"),
 }
 
 

@@ -40,6 +40,9 @@ if fate == "raise":
 if fate == "refuse":
     print("╭─ x ─╮\\n│ Unrecognized options: --epoch │\\n╰─────╯", file=sys.stderr)
     sys.exit(2)
+if isinstance(fate, float) and float(flags.get("--memory-limit", 99)) < fate:
+    print("terminate called ...", "  what():  std::bad_alloc", sep="\\n", file=sys.stderr)
+    os.abort()
 if fate == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if fate == "silent":
@@ -638,6 +641,26 @@ def test_runs_are_interleaved_and_flags_pass(bench, capsys):
     assert shown.rstrip().endswith("accuracy: no difference shown")
 
 
+def test_the_least_memory_is_found(bench, capsys, monkeypatch):
+    ready = {f"{name}0": create_train_record(name, 0) for name in ("jax", "torch")}
+    (bench / "ready.json").write_text(json.dumps(ready))
+    monkeypatch.setenv("FATES", json.dumps({"jax0": 1.2, "torch0": 0.1}))
+    arguments = ("--find-memory", "--backends", "jax", "torch", "--script", "child.py")
+    assert run_main(*arguments) == 0
+    shown = capsys.readouterr().out
+    rows = {line.split()[1]: line.split()[3:8:2] for line in shown.splitlines() if "│" in line}
+    for name, needed in (("jax", 1.2), ("torch", 0.1)):
+        least, most, _ = map(float, rows[name])
+        assert most < needed <= least <= 1.06 * most  # 1.05, but for what is shown
+    assert "jax, no limit: ok" in shown and "oom (what():  std::bad_alloc)" in shown
+    found, problems = records.read_records(result_file(bench))
+    assert not problems and {item["status"] for item in found} == {"ok", "oom"}
+    monkeypatch.setenv("FATES", json.dumps({"jax0": "raise", "torch0": 99.0}))
+    assert run_main(*arguments) == 1  # one fails without a limit, the other with any
+    rows = [line.split()[1:8:2] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert ["jax", "–", "–", "–"] in rows and rows[-1][:2] == ["torch", "–"]
+
+
 def test_dry_run_runs_nothing(bench, capsys, monkeypatch):
     monkeypatch.setenv("HERE", "/a folder")
     (bench / "peers").mkdir()
@@ -780,6 +803,8 @@ BAD_INPUT = [
     (["--reference", "best"], "unknown reference 'best': expected one of jax, torch"),
     (["--target-accuracy", "40"], "expected --target-accuracy of 0 to 1, got 40"),
     (["--", "--results-path", "x"], "--results-path cannot stand after --"),
+    (["--find-memory", "--resume"], "--find-memory trains with vit.py and prints: leave out --re"),
+    (["--find-memory", "--entries", "jax", "native-jax"], "leave out native-jax"),
     (["--launcher", "no-such-program"], "cannot start 'no-such-program'"),
     (["missing.jsonl"], "missing.jsonl: expected a file of records"),
     (write_empty, "empty file"),

@@ -10,7 +10,16 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, child_environment, read_last_record, run_code, run_python, run_vit
+from conftest import (
+    ROOT,
+    SMALL,
+    child_environment,
+    only_line,
+    read_last_record,
+    run_code,
+    run_python,
+    run_vit,
+)
 
 from harness import record
 
@@ -258,36 +267,32 @@ sys.exit(3 if size > 30 else 0)
     assert ran == "128 after [] 64 after [128] 16 after [128 64] "
 
 
-LITTLE = 10 << 30  # bytes of addresses; a batch of BIG in one part takes 9 GB, the frameworks 4
-BIG = [
-    *("--dataset=synthetic", "--train-images=2000", "--test-images=100", "--validation-split=0"),
-    *("--num-epochs=1", "--batch-size=2000", "--transformer-layers=2", "--mlp-head-units=64"),
-    "--no-use-wandb",
+LARGE = [
+    *("--dataset=synthetic", "--train-images=300", "--test-images=50", "--validation-split=0"),
+    *("--num-epochs=1", "--transformer-layers=1", "--mlp-head-units=64", "--batch-size=300"),
 ]
 
 
 def test_a_run_that_does_not_fit_is_run_in_smaller_parts(tmp_path):
-    """Less address space than a whole batch needs, as the stand-in for a small device."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (LITTLE, LITTLE))
-
-    flags = ["--micro-batch-size=2000", "--fit-memory", *BIG]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "vit.py"), *flags],
-        cwd=tmp_path,
-        env=child_environment(tmp_path),
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "--fit-memory: parts of 2000" in done.stderr, done.stderr[
-        -3000:
-    ]
+    """On a CPU the cap is one on this process's data, as the stand-in for a small device."""
+    little = ["--micro-batch-size=300", "--fit-memory", "--memory-limit=1"]
+    done = run_vit(tmp_path, *LARGE, *little)
+    told = [line for line in done.stderr.splitlines() if line.startswith("--fit-memory: parts of")]
+    assert done.returncode == 0 and told, done.stderr[-3000:]
     items, _ = record.read_records(tmp_path / "results.jsonl")
-    assert [item["status"] for item in items[:-1]] == ["oom"] * (len(items) - 1) and len(items) > 1
-    assert items[-1]["status"] == "ok" and items[-1]["config"]["batch_size"] == 2000
-    assert any(note.startswith("--fit-memory: parts of 2000") for note in items[-1]["notes"])
+    assert [item["status"] for item in items] == ["oom"] * len(told) + ["ok"]
+    assert items[-1]["config"]["batch_size"] == 300
+    assert any(note.startswith("--fit-memory: parts of 300") for note in items[-1]["notes"])
+    assert "RESOURCE_EXHAUSTED" in items[0]["error"]
+    assert "lower --micro-batch-size 300 or raise --memory-limit 1.0" in items[0]["error"]
+
+
+def test_pytorch_has_too_little_memory(tmp_path):
+    done = run_vit(tmp_path, *LARGE, "--trainer=fit", "--memory-limit=1", backend="torch")
+    item = read_last_record(tmp_path)
+    assert (done.returncode, item["status"]) == (3, "oom"), done.stderr[-3000:]
+    assert "lower --batch-size 300 or raise --memory-limit 1.0" in only_line(done)
+    assert "can't allocate memory" in item["error"]
 
 
 # ---- secrets -----------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """vit.py as a person uses it: whole runs in processes of their own, and every way to fail."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -337,22 +336,12 @@ def test_nobody_reads_the_output(tmp_path):
 
 
 def test_out_of_memory(tmp_path):
-    """Less address space than a batch needs, as the stand-in for a small device."""
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "vit.py"), "--no-use-wandb", "--dataset=synthetic"),
-            *("--keras-backend=torch", "--trainer=fit", "--batch-size=1500"),
-            *("--train-images=2000", "--checkpoint-path=b.weights.h5"),
-        ],
-        cwd=tmp_path,
-        env=child_environment(tmp_path),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
-        capture_output=True,
-        text=True,
+    done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--memory-limit=0.1")
+    item = read_last_record(tmp_path)
+    assert (done.returncode, item["status"]) == (3, "oom"), done.stderr[-2000:]
+    assert only_line(done).startswith(
+        "vit.py: oom: out of memory: lower --batch-size 50 or raise --memory-limit 0.1 ("
     )
-    record = read_last_record(tmp_path)
-    assert (done.returncode, record["status"]) == (3, "oom"), done.stderr[-2000:]
-    assert "lower --batch-size 1500" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_data(tmp_path):
