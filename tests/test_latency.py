@@ -264,7 +264,7 @@ def test_flags_before_and_after_the_dashes(tmp_path):
 
 EXPORTED = {  # what each backend is asked for, and which of it is not here
     "jax": ["onnx-int8", "keras-int8", "openvino", "savedmodel"],  # openvino reads onnx
-    "torch": ["onnx", "openvino", "torch", "tensorrt"],  # more would compile for minutes
+    "torch": ["onnx", "torch", "tensorrt"],  # more would compile for minutes
 }
 ABSENT = {
     "savedmodel": "tensorflow not installed: pip install '.[tensorflow]'",

@@ -5,18 +5,20 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BACKENDS, ROOT, SMALL, child_environment, read_last_record, run_code, run_vit
+from conftest import (
+    BACKENDS,
+    LEARNING,
+    ROOT,
+    SMALL,
+    child_environment,
+    read_last_record,
+    run_code,
+    run_vit,
+)
 
 from harness.record import read_records
 
 NO_DROPOUT = ("--dropout=0", "--attention-dropout=0", "--head-dropout=0")
-# Ten classes, a small model and its full dropout: 2 s of training, to about 60 % of the test set.
-LEARNING = (
-    *("--dataset=synthetic", "--num-classes=10", "--train-images=2000", "--test-images=1000"),
-    *("--num-epochs=10", "--batch-size=50", "--image-size=32", "--patch-size=8"),
-    *("--projection-dim=32", "--num-heads=2", "--transformer-layers=2", "--mlp-head-units=64"),
-    *("--head-dropout=0.2", "--learning-rate=0.003"),
-)
 BOUND = 0.12
 COMPARE = """
 import dataclasses, json
@@ -240,7 +242,11 @@ def test_a_diverged_run_leaves_a_record(backend, tmp_path):
     assert read_last_record(tmp_path)["status"] == "diverged"
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "backend, number, code",
+    [("jax", signal.SIGINT, 130), ("torch", signal.SIGTERM, 143)],
+    scope="session",
+)
 def test_a_stopped_run_leaves_a_record(backend, tmp_path, number, code):
     child = start_peer(tmp_path, backend, *SMALL, "--num-epochs=10000", "--validation-split=0")
     line = next(line for line in child.stdout if line.startswith("epoch 2/"))

@@ -7,6 +7,8 @@ import pytest
 from conftest import SMALL, only_line, read_last_record, run_code, run_vit
 from PIL import Image
 
+from harness.cli import parse
+
 MODEL = (*SMALL, "--num-epochs=6", "--warmup-epochs=1", "--learning-rate=0.005")
 
 run_pretrain = partial(run_vit, script="pretrain.py")
@@ -96,11 +98,19 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
         (["--recipe=best"], "--recipe: expected one of keras-io"),
     ],
 )
-def test_clashes_are_one_line(tmp_path, flags, told):
-    done = run_pretrain(tmp_path, *flags)
-    line = only_line(done)
-    assert done.returncode == 2 and told in line
-    assert line.startswith("pretrain.py: error: ")
+def test_clashes_are_one_line(capsys, flags, told):
+    import pretrain
+
+    with pytest.raises(SystemExit, match="2"):
+        parse(pretrain.PretrainConfig, flags, "", pretrain.vit.PRESETS)
+    line = capsys.readouterr().err
+    assert told in line and line.count("\n") == 1
+
+
+def test_a_clash_ends_it(tmp_path):
+    done = run_pretrain(tmp_path, "--mixup=0.5")
+    assert done.returncode == 2
+    assert only_line(done).startswith("pretrain.py: error: --mixup, --cutmix: expected none")
 
 
 def test_masks_differ_between_pictures_and_epochs(tmp_path):

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import MODEL, ROOT, SMALL, child_environment
 
+from harness.cli import parse, split_words
+
 TEXT = (ROOT / "README.md").read_text()
 LINES = [
     line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.split("\n")
@@ -16,7 +18,13 @@ LINES = [
 COMMANDS = [line.split("  #")[0].strip() for line in LINES if line and not line.startswith("#")]
 PYTHON = [command for command in COMMANDS if re.match(r"(\w+=\S+ )*python ", command)]
 
-TRAINED = ("KERAS_BACKEND", "--init-weights", "--resume")  # vit.py's commands that are run
+# Of vit.py's, latency.py's and parity.py's commands these are run; of the others, which would run
+# the same again, the flags must do.
+RUN = ("KERAS_BACKEND", "--init-weights", "--resume", "python latency.py", "python parity.py")
+
+
+def is_run(command):
+    return any(part == command or part.startswith(("K", "-")) and part in command for part in RUN)
 
 
 def test_the_first_screen_sets_everything_up():
@@ -42,7 +50,7 @@ def test_python_commands(command, tmp_path):
     elif script == "vit.py":
         words += [*small, "--warmup-epochs=0", "--drop-path=0", "--trainer=fit"]
         words += ["--loader=resident"]  # fit has no other
-        if not any(word in command for word in TRAINED):  # the same run: its flags must do
+        if not is_run(command):
             import vit
 
             assert vit.parse_config(words[2:]).num_epochs == 1
@@ -53,11 +61,24 @@ def test_python_commands(command, tmp_path):
         quick += ["--dataset=synthetic", "--test-images=20"]
         model = [] if "--list-models" in words else ["--", *words[split + 1 :], *MODEL]
         words = [*words[:split], *quick, "--batch-sizes", "1", *model]
+        if not is_run(command):
+            import latency
+
+            _, flags = latency.parse_words(words[2:])
+            assert latency.vit.parse_config(flags).num_epochs
+            return
     elif script == "parity.py":  # one backend's half
         words[2:2] = ["--observed=jax.npz"]
         split = words.index("--") if "--" in words else len(words)
         model = ["--", *words[split + 1 :], *MODEL]
         words = [*words[:split], "--backends", "jax", *model]
+        if not is_run(command):
+            import parity
+
+            own, flags = split_words(words[2:])
+            assert parse(parity.ParityConfig, own, "").backends == ("jax",)
+            assert parity.vit.parse_config(flags).num_epochs
+            return
     elif any(word.endswith(".jsonl") for word in words):  # a report on records that are here
         words = [str(ROOT / word) if word.startswith("results/") else word for word in words]
     elif script == "sweep.py":  # the study is opened, and no trial begun

@@ -148,7 +148,8 @@ def test_without_resume_a_stopped_run_is_named_and_left_alone(tmp_path):
 
 
 def test_two_runs_of_one_command_at_once(tmp_path):
-    with start(tmp_path) as first, start(tmp_path) as second:
+    short = "--num-epochs=4"
+    with start(tmp_path, short) as first, start(tmp_path, short) as second:
         folders = set()
         while len(folders) < 2 and first.poll() is None and second.poll() is None:
             folders = {path.parent for path in (tmp_path / "runs").glob("*/state.npz")}

@@ -132,11 +132,11 @@ def sample(generator):
     return words
 
 
-def test_a_thousand_samples_are_valid_configurations():
+def test_samples_are_valid_configurations():
     import vit
 
     generator = random.Random(0)
-    for _ in range(1000):
+    for _ in range(150):
         words = [*sample(generator), "--use_wandb=True"]
         config = cli.parse(vit.ViTConfig, words, "")
         assert f"--image_size={config.image_size}" in words and config.use_wandb

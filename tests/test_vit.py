@@ -2,6 +2,7 @@
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import (
     BACKENDS,
+    LEARNING,
     ROOT,
     SMALL,
     child_environment,
@@ -17,15 +19,12 @@ from conftest import (
     read_log,
     read_wandb,
     run_code,
+    run_python,
     run_vit,
 )
 
-# Chance is 1 %; this small model reaches more than 10 % (top-5 30 %) in these epochs.
-LEARNING = (
-    *("--train-images=6000", "--test-images=500", "--num-epochs=5", "--transformer-layers=2"),
-    *("--patch-size=4", "--projection-dim=64", "--learning-rate=0.002", "--dropout=0"),
-    *("--attention-dropout=0.1", "--head-dropout=0", "--no-augment"),
-)
+from harness import data
+
 ARCHIVE = Path.home() / ".keras/datasets/cifar-100-python-target_archive"
 
 
@@ -147,14 +146,14 @@ def test_defaults(monkeypatch):
 def learned(backend, tmp_path_factory):
     """One compiled training run on each backend, logged by W&B without an account."""
     folder = tmp_path_factory.mktemp(backend)
-    done = run_vit(folder, *SMALL, *LEARNING, backend=backend, wandb=True, WANDB_DIR=str(folder))
+    done = run_vit(folder, *LEARNING, backend=backend, wandb=True, WANDB_DIR=str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 
 
 def test_it_learns(learned):
     quality = read_last_record(learned[0])["quality"]
-    assert quality["test_accuracy"] > 0.1 and quality["test_top5_accuracy"] > 0.3
+    assert quality["test_accuracy"] > 0.3 and quality["test_top5_accuracy"] > 0.8
     assert quality["loss"][-1] < quality["loss"][0]
     assert quality["val_accuracy"][quality["best_epoch"] - 1] == max(quality["val_accuracy"])
 
@@ -162,22 +161,21 @@ def test_it_learns(learned):
 def test_the_record_tells_the_run(learned, backend):
     record = read_last_record(learned[0])
     assert (record["status"], record["kind"], record["backend"]) == ("ok", "train", backend)
-    assert record["config"]["num_epochs"] == 5 and record["config"]["transformer_units"] == [
-        128,
+    assert record["config"]["num_epochs"] == 10 and record["config"]["transformer_units"] == [
         64,
+        32,
     ]
     assert record["versions"]["keras"] == "3.15.1" and record["versions"][backend]
     timing, quality = record["timing"], record["quality"]
-    assert len(timing["epoch_seconds"]) == len(timing["validation_seconds"]) == 5
+    assert len(timing["epoch_seconds"]) == len(timing["validation_seconds"]) == 10
     for name in ("import_seconds", "build_seconds", "compile_seconds", "start_seconds"):
         assert timing[name] > 0
-    steady = sorted(timing["epoch_seconds"][1:])
     speed = timing["train_images_per_second"]
-    assert speed * (steady[1] + steady[2]) / 2 == pytest.approx(5400)
+    assert speed * statistics.median(timing["epoch_seconds"][1:]) == pytest.approx(1800)
     used = 3 * record["model"]["flops_per_image"] * speed
     assert timing["mfu"] == pytest.approx(used / timing["matmul_flops_per_second"])
     assert f"{timing['mfu']:.0%} of matmul peak" in learned[1].stdout
-    assert quality["train_images"] == 5400 and quality["validation_images"] == 600
+    assert quality["train_images"] == 1800 and quality["validation_images"] == 200
     assert "synthetic" in quality["dataset"]
     assert record["memory"]["host_peak_bytes"] > record["memory"]["host_import_bytes"] > 1e8
 
@@ -186,7 +184,7 @@ def test_the_terminal_tells_the_run(learned, backend):
     lines = learned[1].stdout.splitlines()
     assert lines[0].startswith(f"{backend} on ") and "synthetic" in lines[0]
     epochs = [line for line in lines if line.startswith("epoch ")]
-    assert len(epochs) == 5 and "images/s" in epochs[0] and "left" in epochs[0]
+    assert len(epochs) == 10 and "images/s" in epochs[0] and "left" in epochs[0]
     assert all(len(line) <= 80 for line in epochs)
     assert 5 < len(lines) - lines.index(epochs[-1]) - 1 <= 10
     assert "\r" not in learned[1].stderr  # no progress bar in a pipe
@@ -198,7 +196,7 @@ def test_wandb_holds_the_run(learned, backend):
     rows, summary, config = read_wandb(log)
     epochs = [row for row in rows if "val_accuracy" in row]
     record = read_last_record(learned[0])
-    assert [row["epoch"] for row in epochs] == list(range(5))
+    assert [row["epoch"] for row in epochs] == list(range(10))
     names = ("loss", "accuracy", "top-5-accuracy")
     assert {*names, *(f"val_{name}" for name in names)} <= set(epochs[0])
     assert epochs[-1]["loss"] == pytest.approx(record["quality"]["loss"][-1])
@@ -206,7 +204,7 @@ def test_wandb_holds_the_run(learned, backend):
     assert summary["final_test_top5_accuracy"] == summary["test_top5_accuracy"]
     assert summary["total_parameters"] == record["model"]["parameters"]
     assert summary["train_images_per_second"] > 0 and summary["host_peak_bytes"] > 0
-    assert config["backend"] == backend and config["num_epochs"] == 5 and config["node_name"]
+    assert config["backend"] == backend and config["num_epochs"] == 10 and config["node_name"]
     (run,) = [item["run"] for item in read_log(log) if item["type"] == "run"]
     assert run["run_group"].endswith(f"-{backend}") and config["node_name"] in run["run_group"]
     assert {backend, config["node_name"], "synthetic"} <= set(run["tags"])
@@ -216,43 +214,46 @@ def test_wandb_holds_the_run(learned, backend):
 
 def test_backends_agree(tmp_path):
     """Weights, order, augmentation and dropout masks are the same, and so are the losses, until
-    rounding has grown: 16 steps of AdamW keep 3 digits."""
-    losses = {}
+    rounding has grown: 16 steps of AdamW keep 3 digits. On real images, where they are."""
+    losses, dataset = {}, "cifar100" if ARCHIVE.exists() else "synthetic"
     for name in BACKENDS:
-        flags = ["--num-epochs=2", "--trainer=fit"]
-        assert run_vit(tmp_path, *SMALL, *flags, backend=name).returncode == 0
+        flags = ["--num-epochs=2", "--trainer=fit", f"--dataset={dataset}"]
+        done = run_vit(tmp_path, *SMALL, *flags, backend=name)
+        assert done.returncode == 0, done.stderr
         record = read_last_record(tmp_path)
         losses[name] = record["quality"]["loss"]
         assert record["quality"]["data_fingerprint"]
+        assert (
+            record["quality"]["dataset"] == data.LABELS[dataset]
+            and data.LABELS[dataset] in done.stdout
+        )
     assert losses["jax"] == pytest.approx(losses["torch"], rel=1e-3)
 
 
-@pytest.mark.parametrize("trainer", ["compiled", "fit"])
-def test_the_same_seed_gives_the_same_losses(tmp_path, trainer):
-    found = []
+def test_the_same_seed_gives_the_same_losses_and_a_second_start_is_warm(tmp_path):
+    """It is so with another seed, too, that is with other images and another normalisation."""
+    losses, caches = [], []
     for seed in (3, 3, 4):
-        run_vit(tmp_path, *SMALL, f"--seed={seed}", f"--trainer={trainer}")
-        found.append(read_last_record(tmp_path)["quality"]["loss"])
-    assert found[0] == found[1] != found[2]
-
-
-def test_a_second_start_is_warm(tmp_path):
-    """Also with another seed, that is with other images and another normalisation."""
-    found = []
-    for seed in (1, 2):
         run_vit(tmp_path, *SMALL, f"--seed={seed}", XDG_CACHE_HOME=str(tmp_path / "cache"))
-        found.append(read_last_record(tmp_path)["timing"]["compile_cache"])
-    assert found == ["cold", "warm"]
+        record = read_last_record(tmp_path)
+        losses.append(record["quality"]["loss"])
+        caches.append(record["timing"]["compile_cache"])
+    assert losses[0] == losses[1] != losses[2]
+    assert caches == ["cold", "warm", "warm"]
+
+
+def test_fit_gives_the_same_losses_and_is_quiet_if_told(tmp_path):
+    found = []
+    for _ in range(2):
+        done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--no-verbose")
+        assert (done.returncode, done.stdout) == (0, "")
+        found.append(read_last_record(tmp_path)["quality"]["loss"])
+    assert found[0] == found[1]
 
 
 def test_fit_trains_on_whole_batches(tmp_path):
     done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--micro-batch-size=10")
     assert done.returncode == 2 and "--micro-batch-size: expected none" in only_line(done)
-
-
-def test_quiet(tmp_path):
-    done = run_vit(tmp_path, *SMALL, "--no-verbose", "--trainer=fit")
-    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("flag", ["--validation-split=0", "--no-best-weights"])
@@ -269,19 +270,11 @@ def test_the_last_weights_are_tested_and_kept(tmp_path, flag):
 
 
 def test_dotenv_is_read(tmp_path):
-    (tmp_path / ".env").write_text("KERAS_BACKEND=torch\nWANDB_PROJECT=from-dotenv\n")
-    environment = child_environment(tmp_path)
-    command = [sys.executable, str(ROOT / "vit.py"), *SMALL, "--no-use-wandb", "--trainer=fit"]
-    subprocess.run([*command, "--checkpoint-path=b.weights.h5"], cwd=tmp_path, env=environment)
-    record = read_last_record(tmp_path)
-    assert record["backend"] == "torch" and record["config"]["wandb_project"] == "from-dotenv"
-
-
-@pytest.mark.skipif(not ARCHIVE.exists(), reason=f"the CIFAR-100 archive is not at {ARCHIVE}")
-def test_cifar100(tmp_path, backend):
-    done = run_vit(tmp_path, *SMALL, "--dataset=cifar100", "--trainer=fit", backend=backend)
-    assert done.returncode == 0 and "CIFAR-100" in done.stdout
-    assert read_last_record(tmp_path)["quality"]["dataset"] == "CIFAR-100"
+    (tmp_path / ".env").write_text("WANDB_PROJECT=from-dotenv\n")
+    assert "(default: from-dotenv)" in run_vit(tmp_path, "--help").stdout
+    (tmp_path / ".env").write_text("KERAS_BACKEND=mine\n")
+    done = run_python(tmp_path, ROOT / "vit.py")
+    assert done.returncode == 2 and only_line(done).endswith("got 'mine'")
 
 
 # ---- runs that fail ----------------------------------------------------------------------------
