@@ -1230,10 +1230,8 @@ def upload_report(report, folder, paths):
         }
         run.summary.update({**figures, "sentence": report["sentence"]})
         tracking.log_page(run, "report", (folder / "report.html").read_text(encoding="utf-8"))
-        files = [*folder.glob("report.*"), *paths]
-        tracking.log_files(run, "comparison", {path.name: path.read_bytes() for path in files})
-    with tracking.forgiving("it did not close"):
-        run.finish()
+    files = {path.name: path.read_bytes() for path in [*folder.glob("report.*"), *paths]}
+    tracking.finish_run(run, "comparison", files)
 
 
 # ---- Main ----------------------------------------------------------------------------------------

@@ -962,10 +962,8 @@ def finish_wandb(run, report):
     results = {name: value for name, value in results.items() if value is not None}
     final = {f"final_{n}": results[n] for n in results if n.startswith("test_")}
     tracking.log(run, results, {**final, "status": report["status"]})
-    with tracking.forgiving("the record was not added"):
-        tracking.log_files(run, "record", {"record.json": record.dump_record(report)})
-    with tracking.forgiving("it did not close"):
-        run.finish(exit_code=int(report["status"] != "ok"))
+    files = {"record.json": record.dump_record(report)}
+    tracking.finish_run(run, "record", files, exit_code=int(report["status"] != "ok"))
 
 
 # ---------------------------------------------------------------------------------------------

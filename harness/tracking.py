@@ -1,12 +1,20 @@
 """Weights & Biases, imported only when it is used: a run is opened without ever asking a person."""
 
 import contextlib
+import http.client
 import importlib.util
 import netrc
 import os
 import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 PROJECT = "keras3_edge_baseline"  # unless WANDB_PROJECT names another
+# Seconds. What a server that is not there costs a run: to ask whether it is, at the start and at
+# the end, and to wait for the rest to be uploaded. W&B's own variables, where set, win.
+ASKING = 3
+PATIENCE = {"init_timeout": 5, "finish_timeout": 8}
 
 
 def start_run(refusal, **settings):
@@ -30,18 +38,41 @@ def start_run(refusal, **settings):
             f"or {refusal} not to log.",
             file=sys.stderr,
         )
+    if mode in (None, "online", "shared") and (reason := ask_server()):
+        mode = "offline"
+        print(
+            f"warning: W&B: {get_server()}: {reason}: this run is logged offline", file=sys.stderr
+        )
+    patience = {k: v for k, v in PATIENCE.items() if f"WANDB_{k.upper()}" not in os.environ}
     try:
-        return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=10), **settings)
+        options = wandb.Settings(finish_timeout_raises=True, **patience)
+        return wandb.init(mode=mode, settings=options, **settings)
     except Exception as error:
-        print(f"warning: W&B: {error}: this run is logged offline", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        print(f"warning: W&B: {reason}: this run is logged offline", file=sys.stderr)
         return wandb.init(mode="offline", **settings)
+
+
+def get_server():
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def ask_server():
+    """Why W&B's server cannot be reached, or None: W&B itself would take 20 s to find out."""
+    try:
+        urllib.request.urlopen(get_server(), timeout=ASKING).close()
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}" if error.code >= 500 else None  # others are an answer
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def has_key():
     """Whether W&B would find an API key: in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    host = get_server().split("://")[-1].split("/")[0]
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
@@ -66,15 +97,45 @@ def log(run, values, summary=None):
         print(f"warning: W&B did not take a log: {error}: training goes on", file=sys.stderr)
 
 
-def log_files(run, kind, files):
-    """Add files, {name: text or bytes}, to a run as one artifact, called after kind and run."""
+def finish_run(run, kind, files, exit_code=0):
+    """Add files, {name: text or bytes}, to a run as one artifact, called after kind and run, and
+    close it. Where the server is gone nothing is waited for, and the files stay in the run's
+    folder; what uploads it all is told."""
     import wandb
 
-    artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
-    for name, content in files.items():
-        with artifact.new_file(name, mode="wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-    run.log_artifact(artifact)
+    is_told = False
+    try:
+        if not run.offline and (reason := ask_server()):
+            for name, content in files.items():
+                kept = Path(run.dir, name)
+                kept.write_bytes(to_bytes(content))
+                run.save(kept, base_path=run.dir, policy="end")
+            raise OSError(f"{get_server()}: {reason}")
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+        for name, content in files.items():
+            with artifact.new_file(name, mode="wb") as file:
+                file.write(to_bytes(content))
+        run.log_artifact(artifact)
+    except Exception as error:
+        is_told = tell(run, error)
+    try:
+        run.finish(exit_code=exit_code)
+    except Exception as error:
+        is_told or tell(run, error)
+
+
+def to_bytes(content):
+    return content.encode() if isinstance(content, str) else content
+
+
+def tell(run, error):
+    reason = " ".join(str(error).split()) or type(error).__name__
+    print(
+        f"warning: W&B: not all was uploaded ({reason}); it is kept: "
+        f"wandb sync {run.settings.sync_dir}",
+        file=sys.stderr,
+    )
+    return True
 
 
 def log_page(run, name, html):

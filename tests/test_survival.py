@@ -1,12 +1,15 @@
 """What a run loses when it is killed, stopped or has no room to write: nothing."""
 
+import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +19,13 @@ from conftest import (
     child_environment,
     only_line,
     read_last_record,
+    read_log,
+    read_wandb,
     run_code,
     run_python,
     run_vit,
 )
+from wandb_server import WandbServer
 
 from harness import record
 
@@ -198,6 +204,32 @@ print(ending.run_to_end(run, "x"))
     assert done.stdout.strip() == "('interrupted', 'SIGTERM', 143)"
 
 
+def test_a_second_ctrl_c_ends_it_at_once():
+    """The first waits for the end of a step that takes a minute."""
+    code = """
+import time
+from harness import ending
+
+def run():
+    with ending.finishing_steps():
+        print("in a step", flush=True)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(0.05)
+
+print(ending.run_to_end(run, "x"), ending.ASKED)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "in a step\n"
+        child.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1)
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=30)[0] == "('interrupted', 'Ctrl-C', 130) [2, 2]\n"
+
+
 def test_a_disk_without_room_is_told_and_training_goes_on(tmp_path):
     """Files of at most 40 kB, as the stand-in for a full disk: a record fits, weights do not."""
 
@@ -294,6 +326,46 @@ def test_pytorch_has_too_little_memory(tmp_path):
     assert (done.returncode, item["status"]) == (3, "oom"), done.stderr[-3000:]
     assert "lower --batch-size 300 or raise --memory-limit 1.0" in only_line(done)
     assert "can't allocate memory" in item["error"]
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+FAULTS = [("silent", None), (None, "silent"), (None, 503)]
+
+
+@pytest.mark.parametrize("before, later", FAULTS)
+def test_a_wandb_server_that_fails_takes_nothing_away(tmp_path, before, later):
+    with WandbServer([]) as server:
+        server.fault, server.later = before, later
+        done = run_vit(
+            tmp_path,
+            *(*SMALL, "--trainer=fit", "--num-epochs=2"),
+            wandb=True,
+            WANDB_BASE_URL=server.url,
+            WANDB_API_KEY="k" * 40,
+            WANDB_DIR=str(tmp_path),
+            WANDB_SILENT="false",
+            WANDB_ERROR_REPORTING="false",
+        )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    item = read_last_record(tmp_path)
+    assert item["status"] == "ok"
+    told = "this run is logged offline" if before else "not all was uploaded"
+    assert f"warning: W&B: {'' if later else server.url}" in done.stderr and told in done.stderr
+    (folder,) = set(re.findall(r"wandb sync (/\S+)", done.stderr))
+    (log,) = Path(folder).glob("*.wandb")
+    rows, summary, _ = read_wandb(log)
+    assert [row["loss"] for row in rows if "val_loss" in row] == item["quality"]["loss"]
+    assert summary["final_test_accuracy"] == item["quality"]["test_accuracy"]
+    if later:  # else it is an artifact, as without an account
+        assert server.runs and not server.history
+        assert json.loads(Path(folder, "files", "record.json").read_text()) == item
+    else:
+        assert not server.runs
+        assert [x["artifact"]["type"] for x in read_log(log) if x["type"] == "artifact"] == [
+            "record"
+        ]
 
 
 # ---- secrets -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""A stand-in for W&B's server on loopback: what `wandb sweep` and `wandb agent` ask of it.
+"""A stand-in for W&B's server on loopback: what `wandb sweep` and `wandb agent` ask of it, and what
+an online run does.
 
-It keeps the sweep that is created, and hands out the trials it is given, one at a time. The runs
-themselves log offline (WANDB_MODE), so that nothing else is needed.
+It keeps the sweep that is created, and hands out the trials it is given, one at a time. Of runs it
+keeps the names and the lines of their history. It can fail: see `fault`.
 """
 
 import json
@@ -18,6 +19,11 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.waiting = [{"run_id": f"run{n}", "args": args} for n, args in enumerate(trials)]
         self.sweeps = []  # configurations, as YAML
+        self.runs = []  # names
+        self.history = []  # lines, as JSON
+        self.fault = None  # "silent" takes requests and does not answer; a number is a status
+        self.later = None  # what `fault` becomes once a run is open
+        self.ended = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -25,12 +31,23 @@ class WandbServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error):
+        self.ended.set()
         self.shutdown()
         self.server_close()
 
     def answer(self, query, variables):
         project = {"id": "p", "name": variables.get("projectName"), "entity": {}}
         project["entity"] = {"id": "e", "name": "someone"}
+        if "upsertBucket" in query:
+            self.runs.append(variables["name"])
+            self.fault = self.later
+            bucket = {"id": "b", "name": variables["name"], "displayName": "it", "config": "{}"}
+            bucket |= {"description": "", "sweepName": None, "historyLineCount": 0}
+            project["name"] = variables["project"]
+            return {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}
+        if "createRunFiles" in query:
+            files = [{"name": n, "uploadUrl": f"{self.url}/{n}"} for n in variables["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         if "upsertSweep" in query:
             self.sweeps.append(variables["config"])
             sweep = {"name": SWEEP, "project": project}
@@ -60,10 +77,27 @@ class WandbServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = self.server.answer(asked.get("query", ""), asked.get("variables") or {})
-        content = json.dumps({"data": answer}).encode()
-        self.send_response(200)
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault, answer = self.server.fault, {}
+        if fault == "silent":
+            self.server.ended.wait(60)
+            return
+        if fault:
+            self.send(fault, b"")
+            return
+        if self.path == "/graphql":
+            asked = json.loads(content)
+            variables = asked.get("variables") or {}
+            answer = {"data": self.server.answer(asked.get("query", ""), variables)}
+        elif self.path.endswith("/file_stream"):
+            files = json.loads(content).get("files") or {}
+            self.server.history += files.get("wandb-history.jsonl", {}).get("content", [])
+        self.send(200, json.dumps(answer).encode())
+
+    do_GET = do_PUT = do_POST
+
+    def send(self, status, content):
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
