@@ -704,7 +704,8 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
     training = engine.compile_train_steps(model, apply)
     if is_resident:
         training.load(dataset.x_train, dataset.y_train)
-    forward = engine.compile_forward(model)
+    forward, at_once = engine.compile_forward(model), config.micro_batch_size
+    evaluate = partial(engine.evaluate, model, forward, batch_size=at_once)
     progress = Progress(config.num_epochs, steps, is_shown=config.verbose)
     callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
     callbacks.on_train_begin()
@@ -742,15 +743,13 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
         logs = {name: float(value) for name, value in model.get_metrics_result().items()}
         callbacks.on_test_begin()
         if len(dataset.x_validation):
-            results = engine.evaluate(
-                model, forward, dataset.x_validation, dataset.y_validation, config.batch_size
-            )
+            results = evaluate(dataset.x_validation, dataset.y_validation)
             logs |= {f"val_{name}": value for name, value in results.items()}
         callbacks.on_epoch_end(epoch, logs)
         if model.stop_training:
             break
     callbacks.on_train_end()
-    return lambda images, labels: engine.evaluate(model, forward, images, labels, config.batch_size)
+    return evaluate
 
 
 def train(model, dataset, config, draw, apply, report, callbacks, files):

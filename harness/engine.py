@@ -243,23 +243,22 @@ def evaluate(model, forward, images, labels, batch_size):
 
     Args:
         images: an array (n, height, width, channels), or what has a method `batches` that gives
-            batches of the size for an order (n,).
+            batches of any size for an order (n,).
+        batch_size: of what is computed at once.
 
     Returns:
         dict of floats, by the metrics' names.
     """
-    if hasattr(images, "batches"):
-        batches = images.batches(np.arange(len(images)))
-    else:
-        firsts = range(0, len(images), batch_size)
-        batches = (images[first : first + batch_size] for first in firsts)
+    is_streamed = hasattr(images, "batches")
     logits = []
-    for batch in batches:
+    for batch in images.batches(np.arange(len(images))) if is_streamed else [images]:
         batch = np.asarray(batch)
-        missing = batch_size - len(batch)
-        if missing:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-        logits.append(forward(batch)[: batch_size - missing])
+        for first in range(0, len(batch), batch_size):
+            part = batch[first : first + batch_size]
+            missing = batch_size - len(part)
+            if missing:
+                part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+            logits.append(forward(part)[: batch_size - missing])
     logits, labels = keras.ops.concatenate(logits), keras.ops.convert_to_tensor(labels)
     model.reset_metrics()
     loss = model.compute_loss(y=labels, y_pred=logits, training=False)
