@@ -22,6 +22,11 @@ SOMEBODY = os.getuid() or 12345  # root's files would prove nothing
 BACKENDS = {"jax": "jax", "pytorch": "torch", "tensorflow": "tensorflow"}
 IMAGES = os.environ.get("IMAGES", "").split()
 needs_docker = pytest.mark.skipif(not IMAGES, reason="builds images: make test-images")
+# What a container can do without: all but the mounted folder and /tmp.
+LITTLE = (
+    *("--read-only", "--tmpfs", "/tmp:exec", "--cap-drop", "ALL"),
+    *("--security-opt", "no-new-privileges", "--network", "none"),
+)
 NO_GPU = {"VIT_EXPECT_GPU": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # ---- as text -----------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ def test_an_image_runs_trains_and_leaves_its_users_files(image, checkout):
     shutil.rmtree(checkout / ".cache", ignore_errors=True)  # another image's
     train = ["python", "vit.py", *SMALL, "--allow-cpu"]
     user = ("--user", f"{SOMEBODY}:{checkout.stat().st_gid}")
-    for flags, cache in (((), "cold"), ((*user, "--network", "none"), "warm")):
+    for flags, cache in (((), "cold"), ((*user, *LITTLE), "warm")):
         done = run_image(tag, checkout, *train, flags=flags)
         assert done.returncode == 0, done.output[-3000:]
         record = read_last_record(checkout)
@@ -151,6 +156,24 @@ def test_an_image_runs_trains_and_leaves_its_users_files(image, checkout):
             assert record["timing"]["compile_cache"] == cache
     owners = {path.lstat().st_uid for path in checkout.rglob("*")}
     assert owners == {SOMEBODY}
+
+
+@needs_docker
+def test_a_key_given_on_stdin_is_not_shown_by_inspect(image, checkout):
+    user = ["--user", f"{SOMEBODY}:{checkout.stat().st_gid}"]
+    words = ["docker", "run", "--rm", "--interactive", "--name", "vit-key", *user, *LITTLE]
+    words += ["-e", "KEY_ON_STDIN=1", image[1], "sh", "-c", 'echo "$WANDB_API_KEY"; read -r end']
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as container:
+        container.stdin.write(f"{SECRET}\n")
+        container.stdin.flush()
+        assert container.stdout.readline() == f"{SECRET}\n"
+        shown = docker("inspect", "vit-key").output
+        container.stdin.write("\n")
+        container.stdin.flush()
+    assert container.returncode == 0
+    assert '"ReadonlyRootfs": true' in shown and SECRET not in shown
 
 
 @needs_docker

@@ -251,6 +251,20 @@ def test_bad_input_is_one_line(tmp_path, flags, told):
     assert done.returncode == 2 and told in only_line(done)
 
 
+def test_code_in_a_model_is_not_run(tmp_path):
+    code = """
+import keras
+run = keras.layers.Lambda(lambda x: (open("ran", "w"), x)[1])
+keras.Sequential([keras.Input((32, 32, 3)), run, keras.layers.Flatten()]).save("strange.keras")
+print(1)
+"""
+    run_code(tmp_path, "jax", code)
+    (tmp_path / "ran").unlink(missing_ok=True)
+    done = run_latency(tmp_path, "--model=strange.keras", "--batch-sizes=1", model_flags=())
+    assert done.returncode == 2 and "safe_mode" in only_line(done)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_flags_before_and_after_the_dashes(tmp_path):
     done = run_latency(tmp_path, model_flags=("--precision=bfloat16",))
     assert done.returncode == 2 and only_line(done).endswith(

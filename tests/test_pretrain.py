@@ -1,10 +1,20 @@
 """pretrain.py as a person uses it: pre-training, its picture, and fine-tuning from its weights."""
 
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import SMALL, only_line, read_last_record, run_code, run_vit
+from conftest import (
+    ROOT,
+    SMALL,
+    child_environment,
+    only_line,
+    read_last_record,
+    run_code,
+    run_vit,
+)
 from PIL import Image
 
 from harness.cli import parse
@@ -111,6 +121,30 @@ def test_a_clash_ends_it(tmp_path):
     done = run_pretrain(tmp_path, "--mixup=0.5")
     assert done.returncode == 2
     assert only_line(done).startswith("pretrain.py: error: --mixup, --cutmix: expected none")
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path):
+    flags = [*SMALL, "--num-epochs=20", "--warmup-epochs=1", "--no-use-wandb"]
+    found = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            words = [sys.executable, "-u", str(ROOT / "pretrain.py"), *flags]
+            settings = {"cwd": folder, "env": child_environment(folder), "text": True}
+            with subprocess.Popen(words, stdout=subprocess.PIPE, **settings) as child:
+                while not child.stdout.readline().startswith("epoch 3/"):
+                    assert child.poll() is None
+                child.kill()
+            assert not (folder / "pretrained.npz").exists()
+            flags.append("--resume")
+        done = run_pretrain(folder, *flags)
+        assert done.returncode == 0, done.stderr
+        found.append(read_last_record(folder)["quality"]["loss"])
+        with np.load(folder / "pretrained.npz") as arrays:
+            found.append([arrays[name].tolist() for name in arrays.files])
+    assert "goes on after epoch" in done.stdout
+    assert found[:2] == found[2:]
 
 
 def test_masks_differ_between_pictures_and_epochs(tmp_path):
