@@ -31,16 +31,31 @@ test-images: $(STAMP) .venv/tests-installed
 	IMAGES="$(IMAGES)" BUILD_ARGS="$(BUILD_ARGS)" GPU="$(GPU)" \
 	  .venv/bin/python -m pytest tests/test_images.py --timeout 3600 -rs
 
-$(STAMP): pyproject.toml
+# By their hashes, but for PyTorch, whose builds come from different places (see the README).
+define install
+	.venv/bin/python harness/requirements.py --lock=requirements.lock dependencies \
+	  $(subst $(comma), ,$(1)) <pyproject.toml >.venv/locked.txt
+	.venv/bin/python -m pip install --quiet --require-hashes -r .venv/locked.txt
+	.venv/bin/python -m pip install --quiet --upgrade-strategy only-if-needed -e ".[$(1)]"
+endef
+
+$(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --upgrade-strategy only-if-needed -e ".[$(EXTRAS)]"
+	$(call install,$(EXTRAS))
 	touch $@
 
 .venv/tests-installed: $(STAMP)
-	.venv/bin/python -m pip install --quiet -e ".[$(EXTRAS),test]"
+	$(call install,$(EXTRAS)$(comma)test)
 	touch $@
+
+# After a change of pyproject.toml: all versions and hashes anew, for every platform.
+LOCKED = jax cuda12 sweep weights export test
+lock: $(STAMP)
+	.venv/bin/python -m pip install --quiet uv==0.13.9
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile pyproject.toml --quiet --universal \
+	  --python-version 3.11 --generate-hashes $(addprefix --extra ,$(LOCKED)) --output-file requirements.lock
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache report results.jsonl wandb
 
-.PHONY: demo bench test test-images clean
+.PHONY: demo bench test test-images lock clean

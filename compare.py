@@ -1262,11 +1262,14 @@ def run_comparison(config, work, console):
         raise BadInput(f"--{min(fixed)} cannot stand after --; use --results-path or --backends")
     entries = choose_entries(config)
     if config.find_memory:
-        fixed = ["--memory-limit"] if "memory-limit" in list_flags(work) else []
-        fixed += ["--resume"] if config.resume else ["--report"] if config.report else []
-        fixed += [x["label"] for x in entries if SUBJECTS[x["name"]][2]] + ["--script"] * serves(
-            config
-        )
+        found = {
+            "--memory-limit": "memory-limit" in list_flags(work),
+            "--resume": config.resume,
+            "--report": config.report,
+            "--script": serves(config),
+            **{entry["label"]: SUBJECTS[entry["name"]][2] for entry in entries},
+        }
+        fixed = [name for name, is_given in found.items() if is_given]
         if fixed:
             raise BadInput(f"--find-memory trains with vit.py and prints: leave out {fixed[0]}")
     default = MEMORY_WORK if config.find_memory else DEFAULT_WORK

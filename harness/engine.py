@@ -26,6 +26,7 @@ elif BACKEND == "torch":
 elif BACKEND == "tensorflow":
     import tensorflow as tf
 
+DATA_LIMIT = resource.getrlimit(resource.RLIMIT_DATA)  # (soft, hard), whoever set them
 
 # ---------------------------------------------------------------------------------------------
 # The device
@@ -58,15 +59,17 @@ def limit_memory(gigabytes):
     it started. Without a GPU the kernel refuses more data (Linux), until `lift_limit`."""
     size = int(gigabytes * 1e9)
     if not on_gpu():
-        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.RLIM_INFINITY))
+        before, hard = DATA_LIMIT
+        known = [limit for limit in (before, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min([size, *known]), hard))
     elif BACKEND == "torch":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0))
 
 
 def lift_limit():
-    """Let what comes after a run have all memory of the host."""
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    """Let what comes after a run have the host's memory as before."""
+    resource.setrlimit(resource.RLIMIT_DATA, DATA_LIMIT)
 
 
 def set_precision(precision):

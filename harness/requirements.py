@@ -1,12 +1,20 @@
 """The pins of pyproject.toml, one a line: what an image installs before the code is copied.
 
     python requirements.py dependencies sweep <pyproject.toml
+    python requirements.py --lock=requirements.lock dependencies sweep <pyproject.toml
 
-Groups are `dependencies` or an extra's name. Exit code 1 for a group that is not there.
+Groups are `dependencies` or an extra's name. With a lock file (see `make lock`) all that they need
+is printed with its hashes, for `pip install --require-hashes`; but PyTorch, whose builds for
+different devices have one version and come from different places. Exit code 1 for a group that is
+not there.
 """
 
+import re
 import sys
 import tomllib
+from pathlib import Path
+
+NOT_LOCKED = {"torch", "tensorflow"}
 
 
 def list_requirements(project, groups):
@@ -18,5 +26,42 @@ def list_requirements(project, groups):
     return [requirement for group in groups for requirement in known[group]]
 
 
+def list_locked(project, groups, lock):
+    """The blocks of a lock file, its text as uv writes it, that groups need: each names the
+    packages that want it after "via"."""
+    own, wanted, found = project["name"], set(), {}
+    for requirement in list_requirements(project, groups):
+        if requirement.startswith(f"{own}["):  # some of its own groups
+            extras = requirement[len(own) + 1 : -1].split(",")
+            wanted |= {name_package(each) for each in list_requirements(project, extras)}
+        else:
+            wanted.add(name_package(requirement))
+    blocks = re.findall(r"^[a-z0-9].*\n(?: .*\n)*", lock, re.M)
+    size = None
+    while size != len(found):
+        size = len(found)
+        for block in blocks:
+            name, wanting = name_package(block), set(re.findall(r"# +(?:via )?(\S+)", block))
+            # JAX wants these only with its extra.
+            is_cuda = name.startswith("jax-cuda12") and "cuda12" not in groups
+            if name in wanted or wanting & wanted and not is_cuda:
+                wanted.add(name)
+                found[block] = None
+    missing = wanted - {name_package(block) for block in found} - NOT_LOCKED
+    if missing:
+        sys.exit(f"requirements.py: not in the lock file: {', '.join(sorted(missing))}: make lock")
+    return list(found)
+
+
+def name_package(requirement):
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
 if __name__ == "__main__":
-    print(*list_requirements(tomllib.load(sys.stdin.buffer)["project"], sys.argv[1:]), sep="\n")
+    locks = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--lock=")]
+    asked = [word for word in sys.argv[1:] if not word.startswith("--")]
+    table = tomllib.load(sys.stdin.buffer)["project"]
+    if locks:
+        print(*list_locked(table, asked, Path(locks[0]).read_text()), sep="")
+    else:
+        print(*list_requirements(table, asked), sep="\n")

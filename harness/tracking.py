@@ -103,7 +103,7 @@ def finish_run(run, kind, files, exit_code=0):
     folder; what uploads it all is told."""
     import wandb
 
-    is_told = False
+    told = False
     try:
         if not run.offline and (reason := ask_server()):
             for name, content in files.items():
@@ -117,11 +117,12 @@ def finish_run(run, kind, files, exit_code=0):
                 file.write(to_bytes(content))
         run.log_artifact(artifact)
     except Exception as error:
-        is_told = tell(run, error)
+        told = tell(run, error)
     try:
         run.finish(exit_code=exit_code)
     except Exception as error:
-        is_told or tell(run, error)
+        if not told:
+            tell(run, error)
 
 
 def to_bytes(content):

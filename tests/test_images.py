@@ -65,7 +65,10 @@ def test_images_differ_in_what_they_must(dockerfile):
     assert not [name for name in different if not name.startswith(tuple(allowed))]
     assert own["KERAS_BACKEND"] == BACKENDS[framework] and own["VIT_EXPECT_GPU"] == "1"
     assert own.get("PIP_INDEX_URL") == {"ook": None, "ojo": ""}[device]
-    assert "requirements.py dependencies sweep" in dockerfile.read_text()
+    is_locked = device == "ook" and framework != "tensorflow"  # a Jetson's base has much of its own
+    lock = "--lock=/build/requirements.lock " if is_locked else ""
+    assert f"requirements.py {lock}dependencies sweep" in dockerfile.read_text()
+    assert is_locked == ("--require-hashes -r /build/pins.txt" in dockerfile.read_text())
     assert re.search(r"^ARG BASE_IMAGE=\S+:\S*\d+\.\d+\S*$", dockerfile.read_text(), re.M)
 
 
@@ -75,6 +78,26 @@ def test_requirements_are_the_projects(capsys):
     assert listed == [*project["dependencies"], *project["optional-dependencies"]["cuda12"]]
     with pytest.raises(SystemExit, match="expected groups of dependencies, .*, got cuda11"):
         requirements.list_requirements(project, ["cuda11"])
+
+
+def test_what_is_locked_is_what_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = (ROOT / "requirements.lock").read_text()
+    groups = ["dependencies", *project["optional-dependencies"]]
+    pins = [each.split(";")[0] for each in requirements.list_requirements(project, groups)]
+    pins = [re.sub(r"\[.*\]", "", each) for each in pins if "==" in each and "torch" not in each]
+    assert len(pins) > 20 and not [pin for pin in pins if f"\n{pin} " not in f"\n{lock.lower()}"]
+    names = {}
+    for groups in (["dependencies"], ["dependencies", "jax"], ["dependencies", "cuda12"]):
+        blocks = requirements.list_locked(project, groups, lock)
+        assert all("--hash=sha256:" in block for block in blocks)
+        names[groups[-1]] = {requirements.name_package(block) for block in blocks}
+    assert {"keras", "h5py", "nvidia-ml-py"} <= names["dependencies"]
+    assert names["dependencies"] < names["jax"] < names["cuda12"]
+    more = names["cuda12"] - names["jax"]
+    assert "jax-cuda12-pjrt" in more and all(re.match("jax-cuda12-|nvidia-", name) for name in more)
+    with pytest.raises(SystemExit, match="not in the lock file: jinja2, keras, .*: make lock"):
+        requirements.list_locked(project, ["dependencies"], "")
 
 
 def test_an_image_for_a_gpu_does_not_measure_the_cpu(tmp_path, backend):
