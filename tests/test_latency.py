@@ -287,7 +287,8 @@ ABSENT = {
 
 
 def test_a_trained_model_is_as_good_in_every_runtime(tmp_path, backend):
-    done = run_vit(tmp_path, *SMALL, "--num-epochs=3", "--model-path=m.keras", backend=backend)
+    flags = ["--num-epochs=3", "--trainer=fit", "--model-path=m.keras"]
+    done = run_vit(tmp_path, *SMALL, *flags, backend=backend)
     assert done.returncode == 0, done.stderr
     (trained,) = read_all(tmp_path)
     flags = [f"--keras-backend={backend}", "--model=m.keras", "--batch-sizes=8", *QUICK]

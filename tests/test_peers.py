@@ -236,7 +236,7 @@ def test_help_names_the_flags(backend, tmp_path):
 
 
 def test_a_diverged_run_leaves_a_record(backend, tmp_path):
-    flags = (*SMALL, "--learning_rate=1e30", "--use_wandb=True", "--no-augment", "--no-verbose")
+    flags = (*SMALL, "--learning_rate=1e30", "--use_wandb=True", "--no-verbose")
     code, output, errors = run_peer(tmp_path, backend, *flags)
     assert code == 4 and output == "" and "lower --learning-rate" in errors
     assert read_last_record(tmp_path)["status"] == "diverged"
