@@ -1071,8 +1071,8 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     if tried := fitting.describe_tried():
         report["notes"].append(tried)
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
-    name = "micro_batch_size" if is_compiled(config) else "batch_size"
-    remedy = f"lower {name_flag(name)} {getattr(config, name)}"
+    size = "micro_batch_size" if is_compiled(config) else "batch_size"
+    remedy = f"lower {name_flag(size)} {getattr(config, size)}"
     remedy += f" or raise --memory-limit {config.memory_limit}" if config.memory_limit else ""
 
     def run_limited():

@@ -1,13 +1,10 @@
 """Weights & Biases, imported only when it is used: a run is opened without ever asking a person."""
 
 import contextlib
-import http.client
 import importlib.util
 import netrc
 import os
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 PROJECT = "keras3_edge_baseline"  # unless WANDB_PROJECT names another
@@ -48,8 +45,7 @@ def start_run(refusal, **settings):
         options = wandb.Settings(finish_timeout_raises=True, **patience)
         return wandb.init(mode=mode, settings=options, **settings)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        print(f"warning: W&B: {reason}: this run is logged offline", file=sys.stderr)
+        print(f"warning: W&B: {explain(error)}: this run is logged offline", file=sys.stderr)
         return wandb.init(mode="offline", **settings)
 
 
@@ -59,13 +55,22 @@ def get_server():
 
 def ask_server():
     """Why W&B's server cannot be reached, or None: W&B itself would take 20 s to find out."""
+    import http.client  # here: most commands that end early, and runs offline, do without
+    import urllib.error
+    import urllib.request
+
     try:
         urllib.request.urlopen(get_server(), timeout=ASKING).close()
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}" if error.code >= 500 else None  # others are an answer
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return explain(error)
     return None
+
+
+def explain(error):
+    """An exception in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def has_key():
@@ -103,40 +108,32 @@ def finish_run(run, kind, files, exit_code=0):
     folder; what uploads it all is told."""
     import wandb
 
-    told = False
+    contents = {n: c.encode() if isinstance(c, str) else c for n, c in files.items()}
+    problems = []
     try:
         if not run.offline and (reason := ask_server()):
-            for name, content in files.items():
+            for name, content in contents.items():
                 kept = Path(run.dir, name)
-                kept.write_bytes(to_bytes(content))
+                kept.write_bytes(content)
                 run.save(kept, base_path=run.dir, policy="end")
             raise OSError(f"{get_server()}: {reason}")
         artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
-        for name, content in files.items():
+        for name, content in contents.items():
             with artifact.new_file(name, mode="wb") as file:
-                file.write(to_bytes(content))
+                file.write(content)
         run.log_artifact(artifact)
     except Exception as error:
-        told = tell(run, error)
+        problems.append(error)
     try:
         run.finish(exit_code=exit_code)
     except Exception as error:
-        if not told:
-            tell(run, error)
-
-
-def to_bytes(content):
-    return content.encode() if isinstance(content, str) else content
-
-
-def tell(run, error):
-    reason = " ".join(str(error).split()) or type(error).__name__
-    print(
-        f"warning: W&B: not all was uploaded ({reason}); it is kept: "
-        f"wandb sync {run.settings.sync_dir}",
-        file=sys.stderr,
-    )
-    return True
+        problems.append(error)
+    if problems:
+        print(
+            f"warning: W&B: not all was uploaded ({explain(problems[0])}); it is kept: "
+            f"wandb sync {run.settings.sync_dir}",
+            file=sys.stderr,
+        )
 
 
 def log_page(run, name, html):

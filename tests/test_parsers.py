@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import vit
 from harness import record
 
-# The same examples each time; `--hypothesis-profile` and a loop find others.
+# The same examples each time.
 settings.register_profile(
     "project",
     derandomize=True,
