@@ -24,26 +24,26 @@ def read_all(folder):
 
 @pytest.fixture(scope="module")
 def served(backend, tmp_path_factory):
-    """Two batch sizes that fit, and between them one that cannot."""
+    """A batch size that cannot fit, and one that does."""
     folder = tmp_path_factory.mktemp("served")
-    sizes = ("--batch-sizes", "2", "1000000000", "4")
+    sizes = ("--batch-sizes", "1000000000", "4")
     done = run_latency(folder, *QUICK, *sizes, f"--keras-backend={backend}")
     return done, read_all(folder)
 
 
 def test_each_batch_size_leaves_a_good_record(served, backend):
     done, records = served
-    assert [item["status"] for item in records] == ["ok", "oom", "ok"], done.stderr
-    assert [item["config"]["batch_size"] for item in records] == [2, 10**9, 4]
+    assert [item["status"] for item in records] == ["oom", "ok"], done.stderr
+    assert [item["config"]["batch_size"] for item in records] == [10**9, 4]
     for item in records:
         assert record.check_record(item) == []
         assert (item["kind"], item["backend"]) == ("latency", backend)
-    assert records[0]["model"] == records[2]["model"]
-    assert records[0]["model"]["flops_per_image"] > records[0]["model"]["parameters"] > 10_000
+    model = records[1]["model"]
+    assert model["flops_per_image"] > model["parameters"] > 10_000
 
 
 def test_the_figures_are_those_of_the_iterations(served):
-    timing = served[1][2]["timing"]
+    timing = served[1][1]["timing"]
     seconds = np.array(timing["iteration_seconds"])
     assert len(seconds) == 20 and (seconds > 0).all()
     for share in (50, 90, 95, 99):
@@ -58,12 +58,11 @@ def test_the_figures_are_those_of_the_iterations(served):
 def test_a_batch_too_large_is_a_row_and_the_others_run(served):
     done, _ = served
     assert done.returncode == 3
-    lines = done.stdout.splitlines()
-    assert lines[1].split()[:3] == ["batch", "p50", "ms"]
-    assert [line.split()[0] for line in lines[2:5]] == ["2", "1000000000", "4"]
-    assert "oom: out of memory: lower --batch-sizes 1000000000" in lines[3]
+    failed, title, names, row, *_ = done.stdout.splitlines()
+    assert failed.startswith("1000000000 oom: out of memory: lower --batch-sizes 1000000000")
+    assert names.split()[:3] == ["batch", "p50", "ms"] and row.split()[0] == "4"
     assert "not measured: energy.joules_per_image: " in done.stdout
-    assert max(map(len, [*lines[:3], lines[4]])) <= 100
+    assert max(map(len, (failed, title, names, row))) <= 100
 
 
 def test_models_are_counted_and_not_typed_in(tmp_path):
@@ -381,7 +380,7 @@ for name in latency.NATIVE:
         parameters,
         int(sum(np.prod(v.shape) for v in model.trainable_variables)),
         cost["flops"] / latency.engine.count_flops(model),
-        list(forward(pixels).shape),
+        list(jax.eval_shape(forward, pixels).shape),
     ]
 print(json.dumps(found))
 """

@@ -178,20 +178,34 @@ STRONG = (
 )
 
 
+def read_weights(path):
+    found = []
+    with h5py.File(path) as file:
+        file["layers"].visititems(lambda _, item: found.append(item))
+        return [item[()] for item in found if isinstance(item, h5py.Dataset)]
+
+
 def test_a_strong_recipe_is_the_same_in_parts_and_through_fit(tmp_path, backend):
     """All of augmentation, soft labels, schedule, clipping, decay mask and average: parts of a
-    batch, on this project's compiled steps, train as whole batches do under Keras' fit."""
-    done = run_vit(tmp_path, *STRONG, "--micro-batch-size=10", backend=backend)
-    assert done.returncode == 0, done.stderr
-    ours = read_last_record(tmp_path)
-    done = run_vit(tmp_path, *STRONG, "--trainer=fit", backend=backend)
-    assert done.returncode == 0, done.stderr
-    theirs = read_last_record(tmp_path)
+    batch, on this project's compiled steps, train as whole batches do under Keras' fit; and leave
+    the same averages, after the last epoch, without --best-weights."""
+    found, kept = [], []
+    for flag in ("--micro-batch-size=10", "--trainer=fit"):
+        path = tmp_path / f"{len(found)}.weights.h5"
+        flags = ["--no-best-weights", flag, f"--checkpoint-path={path}"]
+        done = run_vit(tmp_path, *STRONG, *flags, backend=backend)
+        assert done.returncode == 0, done.stderr
+        found.append(read_last_record(tmp_path))
+        kept.append(read_weights(path))
+    ours, theirs = found
     for name in ("loss", "val_loss"):
         assert ours["quality"][name] == pytest.approx(theirs["quality"][name], rel=2e-3), name
     for name in ("accuracy", "val_accuracy", "test_top5_accuracy"):
         assert ours["quality"][name] == pytest.approx(theirs["quality"][name], abs=0.03), name
     assert ours["config"]["recipe"] == "mae" and ours["config"]["weight_decay"] == 0.3
+    assert len(kept[0]) == len(kept[1]) > 10
+    for compiled, fit in zip(*kept):
+        np.testing.assert_allclose(compiled, fit, rtol=1e-3, atol=2e-4)
 
 
 AVERAGE = """
@@ -216,28 +230,6 @@ print(json.dumps(seen))
 def test_the_average_is_lent_for_validation(tmp_path, backend):
     plain, averaged = [[1, 2], [3, 4]], [[3, 4], [1, 2]]
     assert run_code(tmp_path, backend, AVERAGE) == [averaged, averaged, plain, averaged]
-
-
-def read_weights(path):
-    found = []
-    with h5py.File(path) as file:
-        file["layers"].visititems(lambda _, item: found.append(item))
-        return [item[()] for item in found if isinstance(item, h5py.Dataset)]
-
-
-def test_the_average_is_what_is_left_under_both_trainers(tmp_path, backend):
-    """The weights that are tested and kept, after the last epoch, without --best-weights."""
-    kept = []
-    for trainer in ("compiled", "fit"):
-        flags = ["--ema=0.9", "--no-best-weights", "--num-epochs=2", f"--trainer={trainer}"]
-        path = tmp_path / f"{trainer}.weights.h5"
-        flags += ["--no-augment", "--dropout=0", "--attention-dropout=0", "--head-dropout=0"]
-        done = run_vit(tmp_path, *SMALL, *flags, f"--checkpoint-path={path}", backend=backend)
-        assert done.returncode == 0, done.stderr
-        kept.append(read_weights(path))
-    assert len(kept[0]) == len(kept[1]) > 10
-    for compiled, fit in zip(*kept):
-        np.testing.assert_allclose(compiled, fit, rtol=1e-3, atol=2e-4)
 
 
 def test_the_schedule(tmp_path):

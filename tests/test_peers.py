@@ -126,6 +126,9 @@ def test_augmentation_gives_the_same_pictures(facts):
     assert facts["augmentation"] < 1e-3 * 255
 
 
+# What is not about compiled code: PyTorch compiles for a minute, JAX takes as long without.
+EAGER = {"jax": (), "torch": ("--no-jit-compile",)}
+
 # ---- the same run ------------------------------------------------------------------------------
 
 
@@ -170,7 +173,7 @@ def test_training_takes_the_same_course(records):
 def test_both_ways_to_learn_end_alike(backend, tmp_path):
     """With dropout and augmentation on: their masks differ, what they lead to must not."""
     run_vit(tmp_path, *LEARNING, backend=backend)
-    run_peer(tmp_path, backend, *LEARNING)
+    run_peer(tmp_path, backend, *LEARNING, *EAGER[backend])
     theirs, ours = (
         record["quality"]["test_accuracy"] for record in read_records(tmp_path / "results.jsonl")[0]
     )
@@ -179,8 +182,9 @@ def test_both_ways_to_learn_end_alike(backend, tmp_path):
 
 def test_the_keras_io_example_is_the_same_model(backend, tmp_path):
     flags = ("--keras-backend", backend, "--no-use-wandb", "--checkpoint-path=best.weights.h5")
+    few = (*SMALL, "--train-images=80", "--test-images=50")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "peers/keras_io.py"), *SMALL, *flags],
+        [sys.executable, str(ROOT / "peers/keras_io.py"), *few, *flags],
         cwd=tmp_path,
         env=child_environment(tmp_path),
         capture_output=True,
@@ -189,7 +193,7 @@ def test_the_keras_io_example_is_the_same_model(backend, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = read_last_record(tmp_path)
     assert (theirs["backend"], theirs["config"]["trainer"]) == (f"keras-io-{backend}", "fit")
-    run_peer(tmp_path, backend, *SMALL, "--no-jit-compile")
+    run_peer(tmp_path, backend, *few, *EAGER[backend])
     assert read_last_record(tmp_path)["model"] == theirs["model"]
 
 
@@ -236,7 +240,7 @@ def test_help_names_the_flags(backend, tmp_path):
 
 
 def test_a_diverged_run_leaves_a_record(backend, tmp_path):
-    flags = (*SMALL, "--learning_rate=1e30", "--use_wandb=True", "--no-verbose")
+    flags = (*SMALL, "--learning_rate=1e30", "--use_wandb=True", "--no-verbose", *EAGER[backend])
     code, output, errors = run_peer(tmp_path, backend, *flags)
     assert code == 4 and output == "" and "lower --learning-rate" in errors
     assert read_last_record(tmp_path)["status"] == "diverged"

@@ -53,7 +53,8 @@ def test_the_picture_shows_masked_painted_and_whole(pretrained):
 
 
 def test_fine_tuning_starts_from_the_encoder(pretrained, backend, tmp_path):
-    flags = [*SMALL, "--pool=token", f"--init-weights={pretrained / 'pretrained.npz'}"]
+    flags = [*SMALL, "--pool=token", "--trainer=fit"]
+    flags += [f"--init-weights={pretrained / 'pretrained.npz'}"]
     done = run_vit(tmp_path, *flags, backend=backend)
     assert done.returncode == 0, done.stderr
     code = f"""

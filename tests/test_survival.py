@@ -30,7 +30,7 @@ from wandb_server import WandbServer
 from harness import record
 
 # Dropout, averages and a schedule: all that a state holds is in use.
-KILLS = int(os.environ.get("KILLS", 3))  # a start takes seconds; results/faults.md was made with 30
+KILLS = int(os.environ.get("KILLS", 2))  # a start takes seconds; results/faults.md was made with 30
 EPOCHS = 8 * KILLS
 ONE_BACKEND = pytest.mark.parametrize("backend", ["jax"], scope="session")  # the same on each
 LONG = [*SMALL, f"--num-epochs={EPOCHS}", "--ema=0.9", "--schedule=cosine", "--no-use-wandb"]
