@@ -946,7 +946,7 @@ def start_wandb(config, known):
 
 def finish_wandb(run, report):
     """Log the test results and figures under their names on the dashboard, add the record as an
-    artifact, and close the run."""
+    artifact, and close the run. Returns whether nothing was lost."""
     timing, memory, quality = report["timing"], report["memory"], report["quality"]
     results = {
         "total_parameters": report["model"]["parameters"],
@@ -962,7 +962,7 @@ def finish_wandb(run, report):
     final = {f"final_{n}": results[n] for n in results if n.startswith("test_")}
     tracking.log(run, results, {**final, "status": report["status"]})
     files = {"record.json": record.dump_record(report)}
-    tracking.finish_run(run, "record", files, exit_code=int(report["status"] != "ok"))
+    return tracking.finish_run(run, "record", files, exit_code=int(report["status"] != "ok"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1090,8 +1090,8 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         is_shown=config.verbose,
         problems=files.problems,
     )
-    if run is not None:
-        finish_wandb(run, report)
+    if run is not None and not finish_wandb(run, report):
+        exit_code = exit_code or ending.NOT_WRITTEN
     state.close_folder(files, is_over=exit_code == 0 or report["status"] == "diverged")
     return exit_code
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import logging
 import netrc
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ PROJECT = "keras3_edge_baseline"  # unless WANDB_PROJECT names another
 # the end, and to wait for the rest to be uploaded. W&B's own variables, where set, win.
 ASKING = 3
 PATIENCE = {"init_timeout": 5, "finish_timeout": 8}
+ROOM = 2**16  # bytes; with less left on a disk, W&B cannot have written all that it keeps there
 
 
 def start_run(refusal, **settings):
@@ -27,6 +30,8 @@ def start_run(refusal, **settings):
         raise ValueError(f"wandb is not installed: pip install wandb, or run with {refusal}")
     import wandb
 
+    # Where a disk is full W&B cannot keep a log of what it does: thousands of lines told of that.
+    logging.raiseExceptions = False
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not has_key():
         mode = "offline"
@@ -105,13 +110,13 @@ def log(run, values, summary=None):
 def finish_run(run, kind, files, exit_code=0):
     """Add files, {name: text or bytes}, to a run as one artifact, called after kind and run, and
     close it. Where the server is gone nothing is waited for, and the files stay in the run's
-    folder; what uploads it all is told."""
+    folder; what uploads it all is told. Returns whether nothing was lost."""
     import wandb
 
     contents = {n: c.encode() if isinstance(c, str) else c for n, c in files.items()}
     problems = []
     try:
-        if not run.offline and (reason := ask_server()):
+        if not (run.offline or run.disabled) and (reason := ask_server()):
             for name, content in contents.items():
                 kept = Path(run.dir, name)
                 kept.write_bytes(content)
@@ -128,12 +133,17 @@ def finish_run(run, kind, files, exit_code=0):
         run.finish(exit_code=exit_code)
     except Exception as error:
         problems.append(error)
+    folder = run.settings.sync_dir  # is not there under WANDB_MODE=disabled
+    if os.path.isdir(folder) and shutil.disk_usage(folder).free < ROOM:
+        print(f"warning: W&B: not all was written: no space is left in {folder}", file=sys.stderr)
+        return False
     if problems:
         print(
             f"warning: W&B: not all was uploaded ({explain(problems[0])}); it is kept: "
-            f"wandb sync {run.settings.sync_dir}",
+            f"wandb sync {folder}",
             file=sys.stderr,
         )
+    return True
 
 
 def log_page(run, name, html):

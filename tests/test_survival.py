@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -230,20 +229,26 @@ print(ending.run_to_end(run, "x"), ending.ASKED)
         assert child.communicate(timeout=30)[0] == "('interrupted', 'Ctrl-C', 130) [2, 2]\n"
 
 
-def test_a_disk_without_room_is_told_and_training_goes_on(tmp_path):
-    """Files of at most 40 kB, as the stand-in for a full disk: a record fits, weights do not."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "vit.py"), *LONG, "--checkpoint-path=w.weights.h5"],
-        cwd=tmp_path,
-        env=child_environment(tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache")),
-        preexec_fn=limit,
+def run_on_disk(folder, size, *flags, **environment):
+    """A run on a file system of its own; its records and a list of its files stay in `folder`."""
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs disk"
+    (folder / "disk").mkdir()
+    if subprocess.run([*alone, mount], cwd=folder, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here, not even in a namespace of one's own")
+    leave = 'cd disk; "$0" "$@"; code=$?; cp *.jsonl ..; ls >../left; exit $code'
+    return subprocess.run(
+        [*alone, f"{mount} && {leave}", sys.executable, ROOT / "vit.py", *flags],
+        cwd=folder,
+        env=child_environment(folder, **environment),
         capture_output=True,
         text=True,
     )
+
+
+def test_a_full_disk_is_told_and_training_goes_on(tmp_path):
+    """There is room for a record, not for weights and states."""
+    done = run_on_disk(tmp_path, "64k", *LONG, "--checkpoint-path=w.weights.h5")
     assert done.returncode == 6, done.stderr
     item = read_last_record(tmp_path)
     told = [note for note in item["notes"] if note.startswith("not written: ")]
@@ -252,7 +257,21 @@ def test_a_disk_without_room_is_told_and_training_goes_on(tmp_path):
     assert "Traceback" not in done.stderr
     assert item["quality"]["test_accuracy"] is not None
     assert "the last epoch's weights were tested" in item["notes"]
-    assert not list(tmp_path.glob("*.h5"))
+    left = (tmp_path / "left").read_text().split()
+    assert "results.jsonl" in left and "w.weights.h5" not in left
+
+
+def test_a_disk_that_takes_nothing_is_told_in_a_few_lines(tmp_path):
+    done = run_on_disk(tmp_path, "4k", *SMALL, "--trainer=fit", WANDB_MODE="offline")
+    assert done.returncode == 6 and "test accuracy" in done.stdout, done.stderr
+    assert "record         not written: " in done.stdout
+    assert "warning: W&B: not all was written: no space is left in " in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 8, done.stderr
+
+
+def test_wandb_that_is_switched_off_by_its_own_variable_asks_and_tells_nothing(tmp_path):
+    done = run_vit(tmp_path, *SMALL, "--trainer=fit", wandb=True, WANDB_MODE="disabled")
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "wandb").exists()
 
 
 def test_no_place_for_states_is_told_and_training_goes_on(tmp_path):
