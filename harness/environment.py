@@ -5,6 +5,7 @@ All of it must be set before the framework is imported.
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import platform
 import sys
@@ -38,10 +39,26 @@ def keep_memory():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def processor():
+    """A short name for the instructions that compiled code may use in this process.
+
+    Each has a cache of its own. Inductor does not ask for which processor a cached graph was
+    written, and a home folder or a volume may be shared by several: a graph of one with vector
+    instructions does not compile on one without (or under ATEN_CPU_CAPABILITY=default).
+    """
+    lines = []
+    with contextlib.suppress(OSError):  # Linux only
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    known = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    parts = [platform.machine(), os.environ.get("ATEN_CPU_CAPABILITY", ""), *known]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
 def set_variables():
     """Set what JAX, PyTorch and TensorFlow read, where the user has not."""
     # Compiled code outlives the process, so that a second start need not compile again.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keras-vit"
+    cache /= processor()
     os.environ.setdefault(CACHES["jax"], str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault(CACHES["torch"], str(cache / "inductor"))

@@ -3,7 +3,7 @@
 Each check runs on both backends, in a child process."""
 
 import pytest
-from conftest import BACKENDS, run_code
+from conftest import BACKENDS, run_code, run_python
 
 TRAIN = """
 import json, os, numpy as np, keras, vit
@@ -201,3 +201,17 @@ compiled = engine._compile_torch(step, x, state)
 print(json.dumps([compiled(x, state)[0].tolist(), compiled(x, state)[0].tolist(), float(state)]))
 """
     assert run_code(tmp_path, "torch", code) == [[2.0, 4.0, 6.0], [3.0, 5.0, 7.0], 3.0]
+
+
+def test_a_cache_that_processors_share(tmp_path):
+    """A home folder or a volume outlives the machine; inductor alone loads the other's graph."""
+    code = """
+from harness import environment
+environment.set_variables()
+import torch
+print(torch.compile(torch.exp)(torch.zeros(1024)).tolist()[:2])
+"""
+    for capability in ("avx2", "default"):  # with vector instructions, where there are any
+        changes = {"XDG_CACHE_HOME": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        done = run_python(tmp_path, "-c", code, **changes)
+        assert (done.returncode, done.stdout) == (0, "[1.0, 1.0]\n"), done.stderr
