@@ -15,6 +15,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "torch")
 LONGEST = "vit readme latency engine peers survival models sweep".split()
+# Compiled code as good as any, but slow: without XLA's and LLVM's costly passes, and without vector
+# instructions, whose header takes g++ longer to read than a kernel to compile.
+HASTY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "ATEN_CPU_CAPABILITY": "default"}
 # A model that trains in seconds; the flags of every run that is not about the default model.
 MODEL = (
     *("--image-size=32", "--patch-size=8", "--projection-dim=32", "--num-heads=2"),
@@ -43,6 +46,8 @@ def child_environment(folder, **changes):
     environment |= {"NETRC": str(folder / "no-netrc"), "WANDB_SILENT": "true"}
     # Small models gain nothing from threads, and two at once would wait for each other.
     environment |= {"OMP_NUM_THREADS": "1"}
+    # Most of a test's time would be compilers at work on code that runs for a second.
+    environment |= HASTY
     # Warnings from this project's own code are errors in its children, too.
     parts = [f"harness.{path.stem}" for path in (ROOT / "harness").glob("*.py")]
     environment["PYTHONWARNINGS"] = ",".join(f"error:::{name}" for name in ("vit", *parts))
