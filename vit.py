@@ -91,7 +91,7 @@ RECIPES = {
         --drop-path 0.1 --policy trivial --learning-rate 0.001 --num-epochs 100
         --warmup-epochs 10""",
     "tiny": f"""{SMALL} --projection-dim 128 --transformer-layers 2 --num-heads 2 --mlp-ratio 1
-        --learning-rate 0.002 --num-epochs 100 --warmup-epochs 5 --ema 0.999""",
+        --policy trivial --learning-rate 0.002 --num-epochs 100 --warmup-epochs 5 --ema 0.999""",
 }
 
 
