@@ -7,6 +7,7 @@ traced once to ATen operations and compiled by inductor, and the Keras optimiser
 are updated in place.
 """
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -460,15 +461,40 @@ def _compile_torch(function, *arguments, freeze=False):
         graph, constants = _evaluate_constants(graph, leaves[:-1])
         leaves = [*constants, leaves[-1]]
     if hasattr(torch._inductor, "standalone_compile"):
-        compiled = torch._inductor.standalone_compile(
-            graph, leaves, dynamic_shapes="from_example_inputs"
-        )
+        with _building_early():
+            compiled = torch._inductor.standalone_compile(
+                graph, leaves, dynamic_shapes="from_example_inputs"
+            )
     else:  # before 2.8, such as a Jetson's
         compiled = torch._inductor.compile(graph, leaves)
     _return_memory()
     if freeze:
         return lambda *arguments: compiled(*constants, arguments[-1])
     return lambda *arguments: compiled(*tree_leaves(arguments))
+
+
+@contextlib.contextmanager
+def _building_early():
+    """Let the C++ compiler begin on each of inductor's kernels as soon as it is written.
+
+    Inductor writes all kernels of a graph in Python, on one core, before it has the first one
+    built. It asks for each again then, by its text, and finds it under way.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+    define = PythonWrapperCodegen.define_kernel
+
+    def define_and_build(self, name, body, *others, **named):
+        if body.startswith("async_compile.cpp_pybinding("):
+            eval(body, {"async_compile": AsyncCompile()})  # what inductor's module will do
+        return define(self, name, body, *others, **named)
+
+    PythonWrapperCodegen.define_kernel = define_and_build
+    try:
+        yield
+    finally:
+        PythonWrapperCodegen.define_kernel = define
 
 
 def _evaluate_constants(graph, known):
