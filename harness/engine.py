@@ -13,8 +13,9 @@ import gc
 import math
 import platform
 import resource
-from functools import partial
+from functools import cache, partial
 from operator import itemgetter
+from unittest import mock
 
 import keras
 import numpy as np
@@ -461,7 +462,7 @@ def _compile_torch(function, *arguments, freeze=False):
         graph, constants = _evaluate_constants(graph, leaves[:-1])
         leaves = [*constants, leaves[-1]]
     if hasattr(torch._inductor, "standalone_compile"):
-        with _building_early():
+        with _compiling_faster():
             compiled = torch._inductor.standalone_compile(
                 graph, leaves, dynamic_shapes="from_example_inputs"
             )
@@ -474,27 +475,31 @@ def _compile_torch(function, *arguments, freeze=False):
 
 
 @contextlib.contextmanager
-def _building_early():
-    """Let the C++ compiler begin on each of inductor's kernels as soon as it is written.
+def _compiling_faster():
+    """Spare inductor waiting; what it writes stays the same.
 
-    Inductor writes all kernels of a graph in Python, on one core, before it has the first one
-    built. It asks for each again then, by its text, and finds it under way.
+    It writes all kernels of a graph in Python, on one core, before it has the first one built: here
+    the C++ compiler begins on each as soon as that is written. Inductor asks for each again later,
+    by its text, and finds it under way. And its only DtypePropagationOpsHandler is set up anew,
+    with a rule for each of some hundred operations, whenever an operation asks for it: here once.
     """
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codegen import common
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
     define = PythonWrapperCodegen.define_kernel
 
     def define_and_build(self, name, body, *others, **named):
         if body.startswith("async_compile.cpp_pybinding("):
-            eval(body, {"async_compile": AsyncCompile()})  # what inductor's module will do
+            eval(body, {"async_compile": AsyncCompile()})  # as the module that inductor writes does
         return define(self, name, body, *others, **named)
 
-    PythonWrapperCodegen.define_kernel = define_and_build
-    try:
+    rules = cache(common.DtypePropagationOpsHandler)
+    with (
+        mock.patch.object(PythonWrapperCodegen, "define_kernel", define_and_build),
+        mock.patch.object(common, "DtypePropagationOpsHandler", rules),
+    ):
         yield
-    finally:
-        PythonWrapperCodegen.define_kernel = define
 
 
 def _evaluate_constants(graph, known):
