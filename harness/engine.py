@@ -482,6 +482,7 @@ def _compiling_faster():
     the C++ compiler begins on each as soon as that is written. Inductor asks for each again later,
     by its text, and finds it under way. And its only DtypePropagationOpsHandler is set up anew,
     with a rule for each of some hundred operations, whenever an operation asks for it: here once.
+    Millions of small objects that live on make Python's garbage collector look in vain: less often.
     """
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen import common
@@ -495,11 +496,16 @@ def _compiling_faster():
         return define(self, name, body, *others, **named)
 
     rules = cache(common.DtypePropagationOpsHandler)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, *thresholds[1:])
     with (
         mock.patch.object(PythonWrapperCodegen, "define_kernel", define_and_build),
         mock.patch.object(common, "DtypePropagationOpsHandler", rules),
     ):
-        yield
+        try:
+            yield
+        finally:
+            gc.set_threshold(*thresholds)
 
 
 def _evaluate_constants(graph, known):
