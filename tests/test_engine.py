@@ -203,6 +203,34 @@ print(json.dumps([compiled(x, state)[0].tolist(), compiled(x, state)[0].tolist()
     assert run_code(tmp_path, "torch", code) == [[2.0, 4.0, 6.0], [3.0, 5.0, 7.0], 3.0]
 
 
+def test_kernels_are_built_while_others_are_written(tmp_path):
+    """Each kernel is asked for when it is written and again in the end, but built once; inductor's
+    own functions and the garbage collector's thresholds are as before."""
+    code = """
+import os
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath("new")
+import collections, gc, json, torch
+from harness import engine
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen import common
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+def look():
+    return PythonWrapperCodegen.define_kernel, common.DtypePropagationOpsHandler, gc.get_threshold()
+before, asked, build = look(), [], AsyncCompile.cpp_pybinding
+def ask(self, types, source):
+    asked.append(source)
+    return build(self, types, source)
+AsyncCompile.cpp_pybinding = ask
+x = torch.arange(4096.0).reshape(64, 64)
+compiled = engine._compile_torch(lambda x: [torch.softmax(x @ x.exp(), 1).sin()], x / 4096)
+built = [f for *_, files in os.walk("new") for f in files]
+built = [f for f in built if f.endswith(".main.so")]
+print(json.dumps([sorted(collections.Counter(asked).values()), len(built), look() == before]))
+"""
+    times, built, is_as_before = run_code(tmp_path, "torch", code)
+    assert times == [2] * built and built > 1 and is_as_before
+
+
 def test_a_cache_that_processors_share(tmp_path):
     """A home folder or a volume outlives the machine; inductor alone loads the other's graph."""
     code = """
