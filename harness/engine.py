@@ -364,6 +364,9 @@ class _TorchTraining:
         self.images, self.labels = (
             torch.as_tensor(array).to(device, non_blocking=True) for array in (images, labels)
         )
+        if device.type == "cpu" and self.images.is_shared():
+            # Inductor's code may read some bytes past the end, where a DataLoader's memory ends.
+            self.images = self.images.clone()
 
     def _differentiate(self, parts, trainable, carried, images, labels, index, draws):
         """Keras' train step up to the gradients, as a function of tensors, for one of `parts`.

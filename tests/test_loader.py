@@ -143,6 +143,15 @@ def test_the_loader_gives_the_same_images_in_the_same_order(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_compiled_code_that_reads_past_a_batch(tmp_path):
+    """Inductor writes such code with AVX-512, and a batch fills the pages of a worker's memory."""
+    shape = ("--stem=conv", "--rotation=0", "--zoom=0", "--crop-padding=4", "--batch-size=128")
+    flags = [*SMALL, *shape, "--validation-split=0", "--loader=torch", "--loader-workers=1"]
+    as_ever = {"ATEN_CPU_CAPABILITY": ""}  # with all vector instructions of this processor
+    done = run_vit(tmp_path, *flags, backend="torch", **as_ever)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_vanishes_later_is_one_line(folder, workers):
     found = load(folder, in_memory=False, validation_split=0)
