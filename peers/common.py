@@ -9,12 +9,14 @@ Flags, figures and exit codes are those of vit.py, where they are explained. A p
     .load_keras_weights(weights)        takes what get_weights() of vit.py's model gives
     .count_parameters(), .count_flops() of the model, the latter of one picture's forward pass
     .place(images, labels)              puts the training pictures on the device
-    .begin_epoch(order, maps)           takes the epoch's batches: int32 (steps, parts, images) and
-                                        float32 (steps, parts, images, 2, 2), or None
+    .begin_epoch(order, maps, rates)    takes the epoch's batches: int32 (steps, parts, images),
+                                        float32 (steps, parts, images, 2, 2), with a shift
+                                        (..., 2, 3), or None; learning rates, float32 (steps,)
     .run(rows)                          trains a slice of them, a step a row; does not wait
     .read_epoch()                       its [loss, accuracy, top-5 accuracy], floats
-    .evaluate(images, labels)           the same three of other pictures, without dropout
-    .keep_weights(), .restore_weights() remembers the weights; goes back to them
+    .evaluate(images, labels)           the same three of other pictures, without dropout, by the
+                                        average of the weights where there is one
+    .keep_weights(), .restore_weights() remembers those weights; goes back to them
     .steps_per_call(steps)              how many of an epoch's steps one .run should get, a divisor
     .create_matmul(size)                a function that starts a product of square matrices
     .synchronize()                      waits for the device
@@ -36,7 +38,14 @@ PROCESS_STARTED = time.perf_counter()
 import numpy as np  # noqa: E402
 
 from harness import augment, data, ending, environment, record, telemetry  # noqa: E402
-from harness.cli import check_config, check_writable, choose_micro_batch, fail, parse  # noqa: E402
+from harness.cli import (  # noqa: E402
+    check_config,
+    check_writable,
+    choose_micro_batch,
+    fail,
+    parse,
+    refuse,
+)
 from harness.stopwatch import Stopwatch, measure_matmul  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - PROCESS_STARTED  # a peer adds its framework's
@@ -55,20 +64,35 @@ class Config:
     train_images: int | None = None  # a class-balanced subset, before the validation split
     test_images: int | None = None  # likewise
     validation_split: float = 0.1  # share of the training images, class-balanced; 0 for none
-    augment: bool = True  # flip, rotate by 0.02 turns, zoom by 0.2
+    augment: bool = True  # flip, and what follows here
+    rotation: float = 0.02  # largest angle, as a share of a full turn
+    zoom: float = 0.2  # largest change of height and of width
+    crop_padding: int = 0  # shift by up to so many pixels; what is outside gets the mean colour
+    label_smoothing: float = 0.0  # this share of a label is spread over all classes
     image_size: int = 72  # pixels a side after resizing
     patch_size: int = 6  # pixels a side of a patch
+    stem: Literal["patch", "conv"] = "patch"  # conv: 3x3 convolutions, each halves the picture
+    pool: Literal["flatten", "mean", "token", "attention"] = "flatten"  # from tokens to one vector
     projection_dim: int = 64  # width
     num_heads: int = 4
     head_dim: int | None = None  # width of one head; default: projection_dim
     transformer_layers: int = 8  # depth
     transformer_units: tuple[int, ...] | None = None  # default: 2 * projection_dim, projection_dim
+    mlp_ratio: float | None = None  # instead: hidden width over width; no activation at the end
     mlp_head_units: tuple[int, ...] = (2048, 1024)
     dropout: float = 0.1  # after the dense layers of a block
     attention_dropout: float = 0.1
     head_dropout: float = 0.5
+    drop_path: float = 0.0  # chance to skip a branch in the last block; less in those before
     learning_rate: float = 0.001
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = 0.0  # the cosine schedule begins with a line from 0 to learning_rate
     weight_decay: float = 0.0001
+    decay_kernels_only: bool = False  # not biases, norms, positions, tokens
+    beta_2: float = 0.999
+    clip_norm: float | None = None  # largest global norm of a step's gradients
+    ema: float | None = None  # momentum of an average of the weights, which is tested
+    best_weights: bool = True  # of the epoch that validated best; off: the last epoch's
     batch_size: int = 256
     micro_batch_size: int | None = None  # computed at once; default: on a CPU a part of the batch
     num_epochs: int = 10
@@ -82,15 +106,58 @@ class Config:
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.projection_dim
+        if self.mlp_ratio is not None:
+            hidden = max(1, round(self.mlp_ratio * self.projection_dim))
+            self.transformer_units = (hidden, self.projection_dim)
         self.transformer_units = self.transformer_units or (
             2 * self.projection_dim,
             self.projection_dim,
         )
         check_config(self)
+        refuse(
+            (
+                self.crop_padding and (self.rotation or self.zoom),
+                "--crop-padding: expected --rotation 0 --zoom 0 beside it, "
+                f"got {self.rotation} and {self.zoom}",
+            ),
+            (
+                self.stem == "conv" and self.patch_size not in (2, 4, 8, 16),
+                f"--stem conv: expected --patch-size 2, 4, 8 or 16, got {self.patch_size}",
+            ),
+            (
+                self.warmup_epochs >= self.num_epochs
+                or (self.warmup_epochs and self.schedule == "constant"),
+                "--warmup-epochs: expected --schedule cosine and less than --num-epochs "
+                f"{self.num_epochs}, got {self.schedule} and {self.warmup_epochs}",
+            ),
+        )
 
     @property
     def num_patches(self):
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self):
+        return self.num_patches + (self.pool == "token")
+
+    @property
+    def stem_filters(self):
+        """Of each convolution; all but the last halve the picture."""
+        halvings = range(int(math.log2(self.patch_size)), 0, -1)
+        narrow = [max(self.projection_dim >> n, min(self.projection_dim, 8)) for n in halvings]
+        return (*narrow, self.projection_dim)
+
+    @property
+    def pooled_width(self):
+        return self.projection_dim * (self.num_patches if self.pool == "flatten" else 1)
+
+    @property
+    def num_dropouts(self):
+        block = 1 + len(self.transformer_units) + 2 * bool(self.drop_path)
+        return self.transformer_layers * block + 1 + len(self.mlp_head_units)
+
+    def drop_path_of(self, block):
+        return self.drop_path * block / max(self.transformer_layers - 1, 1)
 
 
 def start(argv, description, library):
@@ -124,17 +191,54 @@ def draw_weights(config):
         for inputs, outputs in zip((width, *units), units):
             yield from (kernel(inputs, outputs), zeros(outputs))
 
-    projection = kernel(3 * config.patch_size**2, dim)
-    positions = rng.uniform(-0.05, 0.05, (config.num_patches, dim)).astype("f")
-    weights = [positions, projection, zeros(dim)]
+    weights, projection, channels = [], [], 3
+    if config.stem == "patch":
+        projection = [kernel(3 * config.patch_size**2, dim), zeros(dim)]
+    else:
+        for filters in config.stem_filters:
+            fans = (9 * channels, 9 * filters)
+            weights += [kernel(3, 3, channels, filters, fans=fans), zeros(filters)]
+            channels = filters
+    for tokens in (config.num_tokens, *([1] if config.pool == "token" else [])):
+        weights.append(rng.uniform(-0.05, 0.05, (tokens, dim)).astype("f"))
+    weights += projection
     for _ in range(config.transformer_layers):
         weights += [ones(dim), zeros(dim)]
         for _ in ("query", "key", "value"):
             weights += [kernel(dim, heads, size, fans=(dim, heads * size)), zeros(heads, size)]
         weights += [kernel(heads, size, dim, fans=(heads * size, dim)), zeros(dim)]
         weights += [ones(dim), zeros(dim), *mlp(dim, config.transformer_units)]
-    units = (*config.mlp_head_units, config.num_classes)
-    return [*weights, ones(dim), zeros(dim), *mlp(config.num_patches * dim, units)]
+    weights += [ones(dim), zeros(dim), *(mlp(dim, [1]) if config.pool == "attention" else [])]
+    return [*weights, *mlp(config.pooled_width, (*config.mlp_head_units, config.num_classes))]
+
+
+def count_flops(config, kernels):
+    """Matrix products of one picture's forward pass, 2 a multiply-accumulate.
+
+    kernels: (part of the model, number within it, size) of each; a part is stem, patches, blocks,
+    pool, head or logits.
+    """
+    uses = {"patches": config.num_patches, "blocks": config.num_tokens, "pool": config.num_tokens}
+    macs = 0
+    for part, number, size in kernels:
+        if part == "stem":
+            macs += size * (config.image_size >> number) ** 2
+        else:
+            macs += size * uses.get(part, 1)
+    scores = config.num_tokens**2 * config.num_heads * config.head_dim
+    return 2 * (macs + 2 * scores * config.transformer_layers)
+
+
+def list_rates(config, steps):
+    """The learning rate of each step, float32 (epochs, steps): constant, or a line up to it from 0
+    and then half a cosine down (https://arxiv.org/abs/1608.03983)."""
+    step = np.arange(config.num_epochs * steps)
+    rates = np.full(len(step), config.learning_rate)
+    if config.schedule == "cosine":
+        warmup = round(config.warmup_epochs * steps)
+        done = (step - warmup) / max(1, len(step) - warmup)
+        rates *= np.where(done < 0, step / max(1, warmup), (1 + np.cos(np.pi * done)) / 2)
+    return rates.astype("float32").reshape(config.num_epochs, steps)
 
 
 def fill_batches(images, labels, batch_size):
@@ -167,10 +271,12 @@ def train(peer, config, dataset, report):
     report["model"] |= {"flops_per_image": peer.count_flops()}
 
     has_validation = len(dataset.x_validation) > 0
+    keeps_best = has_validation and config.best_weights
     splits = ("", "val_") if has_validation else ("",)
     history = {prefix + name: [] for prefix in splits for name in METRICS}
     steps = len(dataset.x_train) // config.batch_size  # a smaller last batch would compile anew
     used, per_call = steps * config.batch_size, peer.steps_per_call(steps)
+    rates = list_rates(config, steps)
     stopwatch = Stopwatch(
         epochs=config.num_epochs,
         images_per_epoch=used,
@@ -183,10 +289,15 @@ def train(peer, config, dataset, report):
             order = data.epoch_order(len(dataset.x_train), config.seed, epoch)[:used]
             order, maps = order.reshape(steps, -1, config.micro_batch_size), None
             if config.augment:
-                maps = augment.draw_affine(len(dataset.x_train), config.seed, epoch)[:used]
-                maps = maps.reshape(*order.shape, 2, 2)
+                seeds = config.seed, epoch
+                maps = augment.draw_affine(
+                    len(dataset.x_train), *seeds, config.rotation, config.zoom
+                )
+                if config.crop_padding:
+                    maps = augment.draw_crop(maps, *seeds, config.crop_padding)
+                maps = maps[:used].reshape(*order.shape, *maps.shape[1:])
             stopwatch.begin_epoch()
-            peer.begin_epoch(order, maps)
+            peer.begin_epoch(order, maps, rates[epoch])
             for first in range(0, steps, per_call):
                 peer.run(slice(first, first + per_call))
                 if epoch == first == 0:
@@ -199,7 +310,7 @@ def train(peer, config, dataset, report):
             for name, value in logs.items():
                 history[name].append(value)
             stopwatch.end_epoch(epoch, logs)
-            if has_validation and logs["val_accuracy"] > max(history["val_accuracy"][:-1] or [-1]):
+            if keeps_best and logs["val_accuracy"] > max(history["val_accuracy"][:-1] or [-1]):
                 peer.keep_weights()
                 quality["best_epoch"] = epoch + 1
     finally:
@@ -208,11 +319,12 @@ def train(peer, config, dataset, report):
         report["energy"] |= energy
         notes += reasons
         quality |= history
-    if has_validation:
+    if not has_validation:
+        notes += [f"quality.val_{name}: there are no validation images" for name in METRICS]
+    if keeps_best:
         peer.restore_weights()
     else:
         quality["best_epoch"] = config.num_epochs
-        notes += [f"quality.val_{name}: there are no validation images" for name in METRICS]
         notes.append("the last epoch's weights were tested")
     started = time.perf_counter()
     results = peer.evaluate(dataset.x_test, dataset.y_test)

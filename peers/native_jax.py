@@ -7,6 +7,7 @@ codes as `vit.py --keras-backend jax`; no Keras, no Flax, no Optax. A step is on
 a donated state; on a GPU up to 32 steps are scanned in one call.
 """
 
+import math
 import sys
 import time
 from functools import partial
@@ -41,8 +42,9 @@ def dense(p, x, dtype):
     return x.astype(dtype) @ p["kernel"].astype(dtype) + p["bias"].astype(dtype)
 
 
-def dropout(x, rate, key):
-    """Zero a share `rate` of x and scale the rest; nothing without a key.
+def dropout(x, rate, key, shape=None):
+    """Zero a share `rate` of x and scale the rest; nothing without a key. The mask is of another
+    shape if given, as for a whole branch of a picture (drop path).
 
     The mask is a hash of the element's number (`lowbias32` of C. Wellons' "Hash Prospector", with
     a key added between its rounds). XLA fuses it with what comes before and after; on a CPU
@@ -51,16 +53,43 @@ def dropout(x, rate, key):
     if key is None or rate == 0:
         return x
     first, second = jax.random.bits(key, (2,), "uint32")
-    bits = jax.lax.iota("uint32", x.size).reshape(x.shape) + first
+    shape = shape or x.shape
+    bits = jax.lax.iota("uint32", math.prod(shape)).reshape(shape) + first
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x21F0AAAD)
     bits = ((bits ^ (bits >> 15)) + second) * jnp.uint32(0x735A2D97)
     keep = (bits ^ (bits >> 15)) >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def mlp(layers, x, rate, keys, dtype):
-    for layer in layers:
-        x = dropout(jax.nn.gelu(dense(layer, x, dtype), approximate=False), rate, next(keys))
+gelu = partial(jax.nn.gelu, approximate=False)
+
+
+def mlp(layers, x, rate, keys, dtype, last=gelu):
+    for number, layer in enumerate(layers, start=1):
+        activation = gelu if number < len(layers) else last
+        x = dropout(activation(dense(layer, x, dtype)), rate, next(keys))
+    return x
+
+
+def convolve(layers, x, dtype):
+    """3x3 convolutions, all but the last with a ReLU and the largest of each 2x2 pixels: pictures
+    (batch, side, side, 3) to tokens (batch, patches, dim).
+
+    One product over each pixel's neighbourhood: on a CPU XLA's own convolution and pooling, with
+    their gradients, take more than twice as long.
+    """
+    for number, layer in enumerate(layers, start=1):
+        batch, side, _, channels = x.shape
+        x = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = jnp.concatenate([x[:, :, i : i + side] for i in range(3)], axis=3)
+        x = jnp.concatenate([x[:, i : i + side] for i in range(3)], axis=3)
+        kernel = layer["kernel"].astype(dtype).reshape(9 * channels, -1)
+        x = x.reshape(-1, 9 * channels) @ kernel
+        if number < len(layers):  # the largest first: bias and ReLU keep the order
+            x = x.reshape(batch, side // 2, 2, side // 2, 2, -1).max(axis=(2, 4))
+            x = jax.nn.relu(x + layer["bias"].astype(dtype))
+        else:
+            x = x.reshape(batch, side * side, -1) + layer["bias"].astype(dtype)
     return x
 
 
@@ -85,24 +114,49 @@ def create_model(config, mean, variance, dtype):
     float32 logits (batch, classes); a key means training, with dropout."""
     mean, scale = jnp.float32(mean), jnp.float32(1 / variance**0.5)
     size, rows = config.patch_size, config.image_size // config.patch_size
-    units = config.transformer_units, config.mlp_head_units
-    dropouts = config.transformer_layers * (1 + len(units[0])) + 1 + len(units[1])
+    last = gelu if config.mlp_ratio is None else lambda x: x
+
+    def cut(p, x):
+        """Pictures (batch, side, side, 3) to their patches' embeddings (batch, patches, dim)."""
+        batch, _, _, channels = x.shape
+        x = x.reshape(batch, rows, size, rows, size, channels).transpose(0, 1, 3, 2, 4, 5)
+        return dense(p, x.reshape(batch, rows * rows, size * size * channels), dtype)
+
+    def summarize(p, x):
+        """Tokens (batch, tokens, dim) to one vector a picture."""
+        if config.pool == "attention":
+            shares = jax.nn.softmax(dense(p["pool"], x, dtype).astype("float32"), axis=1)
+            return jnp.einsum("btc,btd->bd", shares.astype(dtype), x.astype(dtype))
+        if config.pool == "token":
+            return x[:, 0]
+        return x.mean(axis=1) if config.pool == "mean" else x.reshape(len(x), -1)
 
     def forward(p, pixels, key=None):
-        keys = repeat(None) if key is None else iter(jax.random.split(key, dropouts))
+        keys = repeat(None)
+        if key is not None:
+            keys = iter(jax.random.split(key, config.num_dropouts))
         batch, channels = pixels.shape[0], pixels.shape[-1]
         x = ((pixels.astype("float32") - mean) * scale).astype(dtype)
         shape = (batch, config.image_size, config.image_size, channels)
         x = jax.image.resize(x, shape, "bilinear", antialias=False)
-        x = x.reshape(batch, rows, size, rows, size, channels).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, rows * rows, size * size * channels)
-        x = dense(p["patches"], x, dtype) + p["positions"].astype(dtype)
-        for block in p["blocks"]:
+        x = convolve(p["stem"], x, dtype) if "stem" in p else cut(p["patches"], x)
+        if "token" in p:
+            token = jnp.broadcast_to(p["token"].astype(dtype), (batch, *p["token"].shape))
+            x = jnp.concatenate([token, x], axis=1)
+        x = x + p["positions"].astype(dtype)
+
+        def add(x, branch, number):
+            if config.drop_path:
+                rate = config.drop_path_of(number)
+                branch = dropout(branch, rate, next(keys), (batch, 1, 1))
+            return x + branch
+
+        for number, block in enumerate(p["blocks"]):
             h = normalize(block["norm1"], x)
-            x = x + attend(block["attention"], h, config, next(keys), dtype)
+            x = add(x, attend(block["attention"], h, config, next(keys), dtype), number)
             h = normalize(block["norm2"], x)
-            x = x + mlp(block["mlp"], h, config.dropout, keys, dtype)
-        x = normalize(p["norm"], x).reshape(batch, -1)
+            x = add(x, mlp(block["mlp"], h, config.dropout, keys, dtype, last), number)
+        x = summarize(p, normalize(p["norm"], x))
         x = dropout(x, config.head_dropout, next(keys))
         x = mlp(p["head"], x, config.head_dropout, keys, dtype)
         return dense(p["logits"], x, "float32")
@@ -140,15 +194,36 @@ def resample(images, maps):
     return (upper * (1 - below) + lower * below).reshape(images.shape)
 
 
-def update_adamw(config, parameters, gradients, first, second, step):
-    """AdamW as Keras writes it: decay of all weights first, epsilon 1e-7 beside the uncorrected
-    root (Kingma and Ba 2015, end of section 2). Returns parameters and both moments."""
-    rate, decay, beta1, beta2 = config.learning_rate, config.weight_decay, 0.9, 0.999
+def shift(images, maps, fill):
+    """What harness.augment.apply_shift does: flips and moves by whole pixels, by one lookup.
+
+    images: uint8 (batch, side, side, 3); maps: float32 (batch, 2, 3); fill: float32 (3,), what lies
+    outside. Returns float32 (batch, side, side, 3).
+    """
+    side = images.shape[1]
+    place, center = jnp.arange(side), (side - 1) / 2
+    x = (maps[:, 0, :1] * (place - center) + center + maps[:, 0, 2:]).round().astype("int32")
+    y = (place + maps[:, 1, 2:]).astype("int32")
+    x, y = x[:, None, :], y[:, :, None]
+    inside = ((x >= 0) & (x < side) & (y >= 0) & (y < side))[..., None]
+    x, y = jnp.clip(x, 0, side - 1), jnp.clip(y, 0, side - 1)
+    return jnp.where(inside, images[jnp.arange(len(images))[:, None, None], y, x], fill)
+
+
+def update_adamw(config, parameters, gradients, first, second, step, rate):
+    """AdamW as Keras writes it: decay first, epsilon 1e-7 beside the uncorrected root (Kingma and
+    Ba 2015, end of section 2). Returns parameters and both moments."""
+    beta1, beta2 = 0.9, config.beta_2
+
+    def decay(path):
+        is_decayed = path[-1].key == "kernel" or not config.decay_kernels_only
+        return config.weight_decay if is_decayed else 0.0
+
     alpha = rate * jnp.sqrt(1 - beta2**step) / (1 - beta1**step)
     first = jax.tree.map(lambda m, g: m + (g - m) * (1 - beta1), first, gradients)
     second = jax.tree.map(lambda v, g: v + (g * g - v) * (1 - beta2), second, gradients)
-    parameters = jax.tree.map(
-        lambda p, m, v: p - p * (decay * rate) - alpha * m / (jnp.sqrt(v) + 1e-7),
+    parameters = jax.tree_util.tree_map_with_path(
+        lambda path, p, m, v: p - p * (decay(path) * rate) - alpha * m / (jnp.sqrt(v) + 1e-7),
         *(parameters, first, second),
     )
     return parameters, first, second
@@ -158,10 +233,11 @@ def update_adamw(config, parameters, gradients, first, second, step):
 # Training and evaluation
 
 
-def score(logits, labels):
+def score(logits, labels, smoothing=0.0):
     """Loss, correct, correct among the first five: (3, batch); fillers (label -1) count nothing."""
     chosen = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    loss = jax.nn.logsumexp(logits, axis=1) - chosen[:, 0]
+    expected = (1 - smoothing) * chosen[:, 0] + smoothing * logits.mean(axis=1)
+    loss = jax.nn.logsumexp(logits, axis=1) - expected
     rank = (logits > chosen).sum(axis=1)
     return jnp.where(labels < 0, 0, jnp.stack([loss, rank < 1, rank < 5]))
 
@@ -180,22 +256,28 @@ class Peer:
         dtype = "bfloat16" if self.precision == "bfloat16" else "float32"
         forward = create_model(self.config, mean, variance, dtype)
         jit = jax.jit if self.config.jit_compile else lambda function, **_: function
+        config, fill = self.config, np.round(np.float32(mean))
+
+        def augment(images, maps):
+            if maps is None:
+                return images
+            return shift(images, maps, fill) if config.crop_padding else resample(images, maps)
 
         def compute_loss(parameters, images, labels, key):
-            figures = score(forward(parameters, images, key), labels).mean(axis=1)
+            logits = forward(parameters, images, key)
+            figures = score(logits, labels, config.label_smoothing).mean(axis=1)
             return figures[0], figures
 
-        def train_steps(state, order, maps, images, labels):
+        def train_steps(state, order, maps, rates, images, labels):
             def add_part(parameters, key, sums, part):
                 """Gradients and figures of pictures gathered by index, added to those before."""
                 number, index, maps = part
-                x = images[index] if maps is None else resample(images[index], maps)
-                found = jax.grad(compute_loss, has_aux=True)(
-                    parameters, x, labels[index], jax.random.fold_in(key, number)
-                )
+                x, key = augment(images[index], maps), jax.random.fold_in(key, number)
+                found = jax.grad(compute_loss, has_aux=True)(parameters, x, labels[index], key)
                 return jax.tree.map(jnp.add, sums, found), None
 
             def train_step(state, row):
+                *row, rate = row
                 step, parameters = state["step"] + 1, state["parameters"]
                 parts = len(row[0])
                 sums = jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(3)
@@ -204,12 +286,22 @@ class Peer:
                     partial(add_part, parameters, key), sums, (jnp.arange(parts), *row)
                 )
                 gradients, figures = jax.tree.map(lambda total: total / parts, sums)
+                if config.clip_norm:
+                    squares = jax.tree.map(lambda g: jnp.square(g).sum(), gradients)
+                    norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+                    factor = jnp.minimum(1, config.clip_norm / norm)
+                    gradients = jax.tree.map(lambda g: g * factor, gradients)
                 moments = state["first"], state["second"]
-                new = update_adamw(self.config, parameters, gradients, *moments, step)
+                new = update_adamw(config, parameters, gradients, *moments, step, rate)
                 new = dict(zip(("parameters", "first", "second"), new))
+                if config.ema:  # of the first step's weights, not of those before it
+                    kept = jnp.where(step == 1, 0.0, config.ema)
+                    new["tested"] = jax.tree.map(
+                        lambda a, p: a * kept + p * (1 - kept), state["tested"], new["parameters"]
+                    )
                 return state | new | {"step": step, "sums": state["sums"] + figures}, None
 
-            return jax.lax.scan(train_step, state, (order, maps))[0]
+            return jax.lax.scan(train_step, state, (order, maps, rates))[0]
 
         self.train_steps = jit(train_steps, donate_argnums=0)
         self.forward = jit(forward)
@@ -236,10 +328,15 @@ class Peer:
             block["norm2"] = take("scale", "bias")
             return block | {"mlp": take_dense(len(self.config.transformer_units))}
 
-        parameters = take("positions")
-        parameters["patches"] = take("kernel", "bias")
+        has_stem = self.config.stem == "conv"
+        parameters = {"stem": take_dense(len(self.config.stem_filters))} if has_stem else {}
+        parameters |= take("positions", *(["token"] if self.config.pool == "token" else []))
+        if not has_stem:
+            parameters["patches"] = take("kernel", "bias")
         parameters["blocks"] = [take_block() for _ in range(self.config.transformer_layers)]
         parameters["norm"] = take("scale", "bias")
+        if self.config.pool == "attention":
+            parameters["pool"] = take("kernel", "bias")
         parameters["head"] = take_dense(len(self.config.mlp_head_units))
         parameters["logits"] = take("kernel", "bias")
         self.state = {
@@ -250,20 +347,26 @@ class Peer:
             "sums": jnp.zeros(3),  # of the epoch's losses, accuracies and top-5 accuracies
             "key": jax.random.key(self.config.seed),
         }
+        if self.config.ema:
+            self.state["tested"] = jax.tree.map(jnp.zeros_like, parameters)
+
+    @property
+    def tested(self):
+        """Which weights are tested: their average, if there is one, or they themselves."""
+        return "tested" if self.config.ema else "parameters"
 
     def count_parameters(self):
         return sum(array.size for array in jax.tree.leaves(self.state["parameters"]))
 
     def count_flops(self):
-        """Matrix products of one picture's forward pass, 2 a multiply-accumulate."""
-        config, parameters = self.config, self.state["parameters"]
-        macs = 0
-        for path, array in jax.tree_util.tree_leaves_with_path(parameters):
-            if path[-1].key == "kernel":  # used once a patch, in the head once a picture
-                is_head = path[0].key in ("head", "logits")
-                macs += array.size * (1 if is_head else config.num_patches)
-        scores = config.num_patches**2 * config.num_heads * config.head_dim
-        return 2 * (macs + 2 * scores * config.transformer_layers)
+        """Of one picture's forward pass."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.state["parameters"])
+        kernels = (
+            (path[0].key, path[1].idx if path[0].key == "stem" else 0, array.size)
+            for path, array in leaves
+            if path[-1].key == "kernel"
+        )
+        return common.count_flops(self.config, kernels)
 
     def place(self, images, labels):
         self.images, self.labels = jax.device_put(images), jax.device_put(labels)
@@ -277,12 +380,13 @@ class Peer:
         """On a GPU a call costs the host about as much as a small step costs the device."""
         return max(n for n in range(1, 33) if steps % n == 0) if self.gpu_name else 1
 
-    def begin_epoch(self, order, maps):
-        self.order, self.maps = order, maps
+    def begin_epoch(self, order, maps, rates):
+        self.order, self.maps, self.rates = order, maps, rates
         self.state["sums"] = jnp.zeros(3)
 
     def run(self, rows):
-        batches = self.order[rows], None if self.maps is None else self.maps[rows]
+        maps = None if self.maps is None else self.maps[rows]
+        batches = self.order[rows], maps, self.rates[rows]
         with jax.disable_jit(not self.config.jit_compile):  # a scan would be compiled all the same
             self.state = self.train_steps(self.state, *batches, self.images, self.labels)
 
@@ -292,7 +396,7 @@ class Peer:
     def evaluate(self, images, labels):
         sums = 0
         for x, y in common.fill_batches(images, labels, self.config.batch_size):
-            sums += self.score(self.state["parameters"], x, y)
+            sums += self.score(self.state[self.tested], x, y)
         return (jax.device_get(sums) / len(images)).tolist()
 
     def predict(self, images):
@@ -300,10 +404,10 @@ class Peer:
         return jax.device_get(self.forward(self.state["parameters"], images))
 
     def keep_weights(self):  # on the host, so as not to count as what training needs
-        self.kept = jax.tree.map(np.array, self.state["parameters"])
+        self.kept = jax.tree.map(np.array, self.state[self.tested])
 
     def restore_weights(self):
-        self.state["parameters"] = jax.device_put(self.kept)
+        self.state[self.tested] = jax.device_put(self.kept)
 
     def synchronize(self):
         jax.block_until_ready(jax.live_arrays())

@@ -7,6 +7,7 @@ codes as `vit.py --keras-backend torch`; no Keras. Forward and backward pass are
 update is the fused AdamW kernel, and no step waits for the device.
 """
 
+import math
 import sys
 import time
 from itertools import repeat
@@ -29,8 +30,9 @@ IMPORT_SECONDS = common.IMPORT_SECONDS + time.perf_counter() - _import_started
 # The model
 
 
-def dropout(x, rate, key):
-    """Zero a share `rate` of x and scale the rest; nothing without a key, an int32 tensor.
+def dropout(x, rate, key, shape=None):
+    """Zero a share `rate` of x and scale the rest; nothing without a key, an int32 tensor. The mask
+    is of another shape if given, as for a whole branch of a picture (drop path).
 
     The mask is a hash of the element's number (`lowbias32` of C. Wellons' "Hash Prospector", with
     the key added before and between its rounds), which inductor fuses with what comes before and
@@ -38,7 +40,8 @@ def dropout(x, rate, key):
     """
     if key is None or rate == 0:
         return x
-    bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + key
+    shape = shape or x.shape
+    bits = torch.arange(math.prod(shape), dtype=torch.int32, device=x.device).view(shape) + key
     bits = (bits ^ (bits >> 16 & 0xFFFF)) * 0x21F0AAAD
     bits = ((bits ^ (bits >> 15 & 0x1FFFF)) + key * 0x61C88647) * 0x735A2D97
     keep = (bits ^ (bits >> 15 & 0x1FFFF)) & 0x7FFFFFFF >= round(rate * 2**31)
@@ -66,28 +69,50 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width, units, rate):
+    def __init__(self, width, units, rate, last=F.gelu):
         super().__init__()
         self.rate, widths = rate, (width, *units)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, units))
+        self.activations = [*[F.gelu] * (len(units) - 1), last]
 
     def forward(self, x, keys):
-        for layer in self.layers:
-            x = dropout(F.gelu(layer(x)), self.rate, next(keys))
+        for layer, activation in zip(self.layers, self.activations):
+            x = dropout(activation(layer(x)), self.rate, next(keys))
         return x
 
 
-class Block(nn.Module):
+class Stem(nn.ModuleList):
+    """3x3 convolutions from pictures (batch, 3, side, side) to tokens (batch, patches, dim)."""
+
     def __init__(self, config):
+        channels = zip((3, *config.stem_filters), config.stem_filters)
+        super().__init__(nn.Conv2d(a, b, 3, padding=1) for a, b in channels)
+
+    def forward(self, x):
+        *halving, last = self
+        for convolution in halving:
+            x = F.relu(F.max_pool2d(convolution(x), 2))
+        return last(x).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    def __init__(self, config, number):
         super().__init__()
+        self.skips, self.skip_rate = config.drop_path > 0, config.drop_path_of(number)
+        last = F.gelu if config.mlp_ratio is None else nn.Identity()
         self.norm1 = nn.LayerNorm(config.projection_dim, eps=1e-6)
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.projection_dim, eps=1e-6)
-        self.mlp = MLP(config.projection_dim, config.transformer_units, config.dropout)
+        self.mlp = MLP(config.projection_dim, config.transformer_units, config.dropout, last)
+
+    def add(self, x, branch, keys):
+        if self.skips:
+            branch = dropout(branch, self.skip_rate, next(keys), (len(x), 1, 1))
+        return x + branch
 
     def forward(self, x, keys):
-        x = x + self.attention(self.norm1(x), next(keys))
-        return x + self.mlp(self.norm2(x), keys)
+        x = self.add(x, self.attention(self.norm1(x), next(keys)), keys)
+        return self.add(x, self.mlp(self.norm2(x), keys), keys)
 
 
 class ViT(nn.Module):
@@ -97,27 +122,47 @@ class ViT(nn.Module):
     def __init__(self, config, mean, variance):
         super().__init__()
         self.image_size, self.patch_size = config.image_size, config.patch_size
-        self.head_dropout, dim = config.head_dropout, config.projection_dim
+        self.head_dropout, self.pooling = config.head_dropout, config.pool
+        dim = config.projection_dim
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor(variance**-0.5).float().view(3, 1, 1))
-        self.positions = nn.Parameter(torch.empty(config.num_patches, dim))
-        self.patches = nn.Linear(3 * config.patch_size**2, dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.transformer_layers))
+        self.positions = nn.Parameter(torch.empty(config.num_tokens, dim))
+        self.token = nn.Parameter(torch.empty(1, dim)) if config.pool == "token" else None
+        self.stem = Stem(config) if config.stem == "conv" else None
+        self.patches = None if self.stem else nn.Linear(3 * config.patch_size**2, dim)
+        self.blocks = nn.ModuleList(Block(config, n) for n in range(config.transformer_layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        width = config.num_patches * dim
-        self.head = MLP(width, config.mlp_head_units, config.head_dropout)
-        self.logits = nn.Linear((width, *config.mlp_head_units)[-1], config.num_classes)
+        self.pool = nn.Linear(dim, 1) if config.pool == "attention" else None
+        self.head = MLP(config.pooled_width, config.mlp_head_units, config.head_dropout)
+        width = (config.pooled_width, *config.mlp_head_units)[-1]
+        self.logits = nn.Linear(width, config.num_classes)
+
+    def cut(self, x):
+        """Pictures (batch, 3, side, side) to their patches' embeddings (batch, patches, dim)."""
+        batch, size, side = len(x), self.patch_size, self.image_size
+        x = x.view(batch, 3, side // size, size, side // size, size).permute(0, 2, 4, 3, 5, 1)
+        return self.patches(x.reshape(batch, -1, 3 * size * size))
+
+    def summarize(self, x):
+        """Tokens (batch, tokens, dim) to one vector a picture."""
+        if self.pooling == "attention":
+            return (self.pool(x).softmax(1).to(x.dtype).transpose(1, 2) @ x).squeeze(1)
+        if self.pooling == "token":
+            return x[:, 0]
+        return x.mean(1) if self.pooling == "mean" else x.flatten(1)
 
     def forward(self, pixels, keys=None):
         keys = repeat(None) if keys is None else iter(keys.unbind())
-        batch, size, side = len(pixels), self.patch_size, self.image_size
         x = (pixels - self.mean) * self.scale
-        x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
-        x = x.view(batch, 3, side // size, size, side // size, size).permute(0, 2, 4, 3, 5, 1)
-        x = self.patches(x.reshape(batch, -1, 3 * size * size)) + self.positions
+        if x.shape[2] != self.image_size:
+            x = F.interpolate(x, (self.image_size,) * 2, mode="bilinear", align_corners=False)
+        x = self.stem(x) if self.stem else self.cut(x)
+        if self.token is not None:
+            x = torch.cat([self.token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = x + self.positions
         for block in self.blocks:
             x = block(x, keys)
-        x = dropout(self.norm(x).flatten(1), self.head_dropout, next(keys))
+        x = dropout(self.summarize(self.norm(x)), self.head_dropout, next(keys))
         return self.logits(self.head(x, keys))
 
     @torch.no_grad()
@@ -134,8 +179,13 @@ class ViT(nn.Module):
                 linear.weight.copy_(next(weights).T)
                 linear.bias.copy_(next(weights))
 
+        for convolution in self.stem or ():
+            convolution.weight.copy_(next(weights).permute(3, 2, 0, 1))
+            convolution.bias.copy_(next(weights))
         self.positions.copy_(next(weights))
-        fill(self.patches)
+        if self.token is not None:
+            self.token.copy_(next(weights))
+        fill(*([] if self.stem else [self.patches]))
         for block in self.blocks:
             attention = block.attention
             fill_norm(block.norm1)
@@ -147,6 +197,7 @@ class ViT(nn.Module):
             fill_norm(block.norm2)
             fill(*block.mlp.layers)
         fill_norm(self.norm)
+        fill(*([self.pool] if self.pool else []))
         fill(*self.head.layers, self.logits)
 
 
@@ -163,19 +214,39 @@ def resample(images, maps):
     return F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
 
 
+def shift(images, maps, fill):
+    """What harness.augment.apply_shift does: flips and moves by whole pixels, by one lookup.
+
+    images: uint8 (batch, side, side, 3); maps: float32 (batch, 2, 3); fill: float32 (3,), what lies
+    outside. Returns float32 (batch, side, side, 3).
+    """
+    side = images.shape[1]
+    place = torch.arange(side, device=images.device)
+    center = (side - 1) / 2
+    x = (maps[:, 0, :1] * (place - center) + center + maps[:, 0, 2:]).round().int()[:, None, :]
+    y = (place + maps[:, 1, 2:]).int()[:, :, None]
+    inside = ((x >= 0) & (x < side) & (y >= 0) & (y < side))[..., None]
+    picture = torch.arange(len(images), device=images.device)[:, None, None]
+    x, y = x.clamp(0, side - 1), y.clamp(0, side - 1)
+    return torch.where(inside, images[picture, y, x].float(), fill)
+
+
 # ---------------------------------------------------------------------------------------------
 # Training and evaluation
 
 
-def score(logits, labels):
+def score(logits, labels, smoothing=0.0):
     """Loss, correct, correct among the first five: (3, batch); fillers (label -1) count nothing."""
-    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    loss = F.cross_entropy(
+        logits, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing
+    )
     rank = (logits > logits.gather(1, labels.clamp(0)[:, None])).sum(1)
     return torch.stack([loss, (rank < 1).float(), (rank < 5).float()]) * (labels >= 0)
 
 
 class Peer:
     backend, library = "native-torch", "torch"
+    has_stepped = False  # before that the average is of nothing
 
     def __init__(self, config):
         on_gpu = torch.cuda.is_available()
@@ -188,12 +259,19 @@ class Peer:
     def build(self, mean, variance):
         torch.manual_seed(self.config.seed)
         self.model = ViT(self.config, mean, variance).to(self.device)
-        blocks, head = self.config.transformer_layers, self.config.mlp_head_units
-        self.dropouts = blocks * (1 + len(self.config.transformer_units)) + 1 + len(head)
+        self.fill = torch.tensor(mean, dtype=torch.float32, device=self.device).round()
+        self.weights = list(self.model.parameters())
+        self.averages = None
+        if self.config.ema:
+            self.averages = [weight.detach().clone() for weight in self.weights]
+        decays = {True: [], False: []}
+        for name, weight in self.model.named_parameters():
+            is_kernel = name.endswith("weight") and weight.ndim > 1
+            decays[is_kernel or not self.config.decay_kernels_only].append(weight)
+        decay = {True: self.config.weight_decay, False: 0.0}
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
+            [{"params": some, "weight_decay": decay[key]} for key, some in decays.items() if some],
+            betas=(0.9, self.config.beta_2),
             eps=1e-7,
             fused=True,
         )
@@ -212,15 +290,19 @@ class Peer:
     def make_batch(self, index, maps):
         """Pictures and labels by their indices. Not compiled with the model: inductor would make
         each resampled pixel anew for each of the four taps of the resizing that follows."""
-        x = self.images[index].permute(0, 3, 1, 2).float()
+        x = self.images[index]
+        if maps is not None and self.config.crop_padding:
+            x, maps = shift(x, maps, self.fill), None
+        x = x.permute(0, 3, 1, 2).float()
         return x if maps is None else resample(x, maps), self.labels[index]
 
     def compute_loss(self, x, labels, keys):
         """A part's share of a batch's loss; all its figures, without a gradient."""
-        logits = self.forward(x, keys)
+        logits, smoothing = self.forward(x, keys), self.config.label_smoothing
         with torch.no_grad():
-            figures = score(logits, labels).mean(1)
-        return F.cross_entropy(logits, labels) / self.order.shape[1], figures
+            figures = score(logits, labels, smoothing).mean(1)
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return loss / self.order.shape[1], figures
 
     def score_batch(self, images, labels):
         return score(self.forward(images.permute(0, 3, 1, 2).float()), labels).sum(1)
@@ -229,14 +311,14 @@ class Peer:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def count_flops(self):
-        """Matrix products of one picture's forward pass, 2 a multiply-accumulate."""
-        config, macs = self.config, 0
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear):  # used once a patch, in the head once a picture
-                is_head = name.startswith(("head.", "logits"))
-                macs += module.weight.numel() * (1 if is_head else config.num_patches)
-        scores = config.num_patches**2 * config.num_heads * config.head_dim
-        return 2 * (macs + 2 * scores * config.transformer_layers)
+        """Of one picture's forward pass."""
+        names = ((name.split("."), weight) for name, weight in self.model.named_parameters())
+        kernels = (
+            (parts[0], int(parts[1]) if parts[0] == "stem" else 0, weight.numel())
+            for parts, weight in names
+            if parts[-1] == "weight" and weight.ndim > 1
+        )
+        return common.count_flops(self.config, kernels)
 
     def place(self, images, labels):
         self.images = torch.from_numpy(images).to(self.device)
@@ -250,7 +332,8 @@ class Peer:
     def steps_per_call(self, steps):
         return 1
 
-    def begin_epoch(self, order, maps):
+    def begin_epoch(self, order, maps, rates):
+        self.rates = rates.tolist()
         self.order = torch.from_numpy(order).to(self.device)
         self.maps = None if maps is None else torch.from_numpy(maps).to(self.device)
         self.sums = torch.zeros(3, device=self.device)
@@ -259,23 +342,42 @@ class Peer:
         for row in range(rows.start, rows.stop):
             maps = repeat(None) if self.maps is None else self.maps[row]
             for index, part_maps in zip(self.order[row], maps):
-                keys = torch.randint(2**31, (self.dropouts,), dtype=torch.int32)
+                keys = torch.randint(2**31, (self.config.num_dropouts,), dtype=torch.int32)
                 batch = self.make_batch(index, part_maps)
                 loss, figures = self.compute_loss(*batch, keys.to(self.device))
                 loss.backward()
                 self.sums += figures
+            if self.config.clip_norm:
+                nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rates[row]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.averages:
+                share = 1 - self.config.ema if self.has_stepped else 1.0
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.averages, self.weights, share)
+            self.has_stepped = True
 
     def read_epoch(self):
         return (self.sums / self.order[..., 0].numel()).tolist()
 
     @torch.no_grad()
+    def swap_averages(self):
+        """Exchange the weights for their averages, if there are any, or back."""
+        for weight, average in zip(self.weights, self.averages or ()):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    @torch.no_grad()
     def evaluate(self, images, labels):
         sums = torch.zeros(3, device=self.device)
+        self.swap_averages()
         for x, y in common.fill_batches(images, labels, self.config.batch_size):
             x, y = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
             sums += self.score_batch(x, y.long())
+        self.swap_averages()
         return (sums / len(images)).tolist()
 
     @torch.no_grad()
@@ -285,11 +387,12 @@ class Peer:
         return logits.cpu().numpy()
 
     def keep_weights(self):  # on the host, so as not to count as what training needs
-        weights = self.model.state_dict()
-        self.kept = {name: value.to("cpu", copy=True) for name, value in weights.items()}
+        self.kept = [w.detach().to("cpu", copy=True) for w in self.averages or self.weights]
 
+    @torch.no_grad()
     def restore_weights(self):
-        self.model.load_state_dict(self.kept)
+        for weight, kept in zip(self.averages or self.weights, self.kept):
+            weight.copy_(kept)
 
     def synchronize(self):
         if self.gpu_name:

@@ -20,6 +20,20 @@ from harness.record import read_records
 
 NO_DROPOUT = ("--dropout=0", "--attention-dropout=0", "--head-dropout=0")
 BOUND = 0.12
+# Beside SMALL: models, and everything that the project's own recipe does with one but its policy.
+LINEAR = ("--mlp-ratio=1", "--mlp-head-units")
+MODELS = {
+    "heads": ("--head-dim=24",),
+    "convolutions": (*LINEAR, "--image-size=32", "--stem=conv", "--pool=attention"),
+    "token": (*LINEAR, "--pool=token"),
+    "mean": ("--pool=mean",),
+}
+RECIPE = (
+    *(*MODELS["convolutions"], "--rotation=0", "--zoom=0", "--crop-padding=4"),
+    *("--label-smoothing=0.1", "--schedule=cosine", "--warmup-epochs=1", "--beta-2=0.99"),
+    *("--weight-decay=0.06", "--decay-kernels-only", "--clip-norm=1", "--ema=0.9"),
+    "--no-best-weights",
+)
 COMPARE = """
 import dataclasses, json
 import keras
@@ -54,20 +68,28 @@ def compare(flags):
     return facts
 
 
-facts = {{"default": compare([]), "small": compare({small!r})}}
+facts = {{name: compare(flags) for name, flags in {models!r}.items()}}
 ours, theirs = dataclasses.asdict(common.Config()), dataclasses.asdict(vit.ViTConfig())
 facts["other_defaults"] = [name for name in ours if ours[name] != theirs[name]]
 maps = augment.draw_affine(5, 0, 0)
-expected = augment.apply_affine(*map(keras.ops.convert_to_tensor, (images, maps)))
-expected = keras.ops.convert_to_numpy(expected)
+shifts = augment.draw_crop(augment.draw_affine(5, 0, 0, 0, 0), 0, 0, 4)
+fill = np.float32([10, 20, 30])
+expected = [augment.apply_affine(*map(keras.ops.convert_to_tensor, (images, maps)))]
+expected += [augment.apply_shift(*map(keras.ops.convert_to_tensor, (images, shifts)), fill)]
 if "{backend}" == "torch":
-    import torch
+    from torch import from_numpy as tensor
 
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    pictures = native.resample(pixels, torch.from_numpy(maps)).permute(0, 2, 3, 1).numpy()
+    pixels = tensor(images).permute(0, 3, 1, 2).float()
+    pictures = [native.resample(pixels, tensor(maps)).permute(0, 2, 3, 1)]
 else:
-    pictures = np.array(native.resample(images, maps))
-facts["augmentation"] = float(abs(pictures - expected).max())
+    from numpy import asarray as tensor
+
+    pictures = [native.resample(images, maps)]
+pictures += [native.shift(*map(tensor, (images, shifts, fill)))]
+facts["augmentation"] = [
+    float(abs(np.asarray(ours) - keras.ops.convert_to_numpy(theirs)).max())
+    for ours, theirs in zip(pictures, expected)
+]
 print(json.dumps(facts))
 """
 
@@ -95,27 +117,28 @@ def run_peer(folder, backend, *flags, **environment):
 
 @pytest.fixture(scope="module")
 def facts(backend, tmp_path_factory):
-    small = [flag for flag in SMALL if not flag.startswith("--dataset")] + ["--head-dim=24"]
-    code = COMPARE.format(backend=backend, small=small)
+    small = [flag for flag in SMALL if not flag.startswith("--dataset")]
+    models = {name: [*small, *flags] for name, flags in MODELS.items()} | {"default": []}
+    code = COMPARE.format(backend=backend, models=models)
     return run_code(tmp_path_factory.mktemp("facts"), backend, code)
 
 
-@pytest.mark.parametrize("size", ["default", "small"])
-def test_equal_weights_give_equal_logits(facts, size):
-    assert facts[size]["logits"] < 1e-4
+@pytest.mark.parametrize("model", ["default", *MODELS])
+def test_equal_weights_give_equal_logits(facts, model):
+    assert facts[model]["logits"] < 1e-4
 
 
-@pytest.mark.parametrize("size", ["default", "small"])
-def test_the_model_is_as_large_and_costs_as_much(facts, size):
-    ours, theirs = facts[size]["parameters"]
+@pytest.mark.parametrize("model", ["default", *MODELS])
+def test_the_model_is_as_large_and_costs_as_much(facts, model):
+    ours, theirs = facts[model]["parameters"]
     assert ours == theirs
-    assert facts[size]["flops"][0] == facts[size]["flops"][1]
-    assert size == "small" or ours == 21_759_012
+    assert facts[model]["flops"][0] == facts[model]["flops"][1]
+    assert model != "default" or ours == 21_759_012
 
 
-@pytest.mark.parametrize("size", ["default", "small"])
-def test_training_starts_from_the_same_numbers(facts, size):
-    assert facts[size]["same_start"]
+@pytest.mark.parametrize("model", ["default", *MODELS])
+def test_training_starts_from_the_same_numbers(facts, model):
+    assert facts[model]["same_start"]
 
 
 def test_the_defaults_are_the_same(facts):
@@ -123,7 +146,8 @@ def test_the_defaults_are_the_same(facts):
 
 
 def test_augmentation_gives_the_same_pictures(facts):
-    assert facts["augmentation"] < 1e-3 * 255
+    resampled, shifted = facts["augmentation"]
+    assert resampled < 1e-3 * 255 and shifted == 0
 
 
 # What is not about compiled code: PyTorch compiles for a minute, JAX takes as long without.
@@ -132,10 +156,11 @@ EAGER = {"jax": (), "torch": ("--no-jit-compile",)}
 # ---- the same run ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def records(backend, tmp_path_factory):
+@pytest.fixture(scope="module", params=[(), RECIPE], ids=["keras-io", "own"])
+def records(request, backend, tmp_path_factory):
     """Records of vit.py and of the peer for the same flags, nothing dropped."""
     flags = (*SMALL, "--num_epochs=3", *NO_DROPOUT, "--node-name=here", "--precision=tf32")
+    flags += request.param
     folders = [tmp_path_factory.mktemp(name) for name in ("vit", "peer")]
     done = run_vit(folders[0], *flags, backend=backend)
     assert done.returncode == 0, done.stderr
