@@ -1,6 +1,7 @@
 # make demo   compare JAX and PyTorch on this machine, on built-in pictures; no account, no download
 # make bench  the same for this project, plain Keras fit and models by hand; half an hour
 # make test   the whole test suite, and lint
+# make test-tensorflow   the same for the optional third backend, which it installs apart
 # make test-images   build images and run them on the CPU; needs Docker and some 10 GB. More:
 #   make test-images IMAGES=ojo.jax BUILD_ARGS="--build-arg BASE_IMAGE=..." GPU="--runtime nvidia"
 # Both create .venv first. On a GPU: make demo EXTRAS=...  (see the README)
@@ -25,6 +26,16 @@ test: $(STAMP) .venv/tests-installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The third backend, in an environment of its own: it wants other versions than are locked.
+TENSORFLOW ?= tensorflow-cpu==2.21.0
+.venv-tensorflow/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-tensorflow
+	.venv-tensorflow/bin/python -m pip install --quiet -e ".[jax]" "$(TENSORFLOW)" pytest pytest-timeout
+	touch $@
+
+test-tensorflow: .venv-tensorflow/installed
+	.venv-tensorflow/bin/python -m pytest tests/test_tensorflow.py
 
 IMAGES ?= ook.jax ook.pytorch
 test-images: $(STAMP) .venv/tests-installed
@@ -71,6 +82,6 @@ audit: $(STAMP)
 	.venv/bin/python harness/audit.py requirements.lock $(KNOWN)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache report results.jsonl wandb
+	rm -rf .venv .venv-tensorflow .pytest_cache .ruff_cache report results.jsonl wandb
 
-.PHONY: demo bench test test-images lock advisories audit clean
+.PHONY: demo bench test test-tensorflow test-images lock advisories audit clean

@@ -380,7 +380,8 @@ def check_parity(entries, config, work, path, comparison, console):
     """Has parity.py compare the backends among the entries; its record joins the runs'. Where it
     could not, a record says so. Raises KeyboardInterrupt"""
     names = {entry["name"] for entry in entries}
-    backends, record_id = sorted(names & {"jax", "torch"}), f"{comparison}-parity"
+    backends = [name for name in ("jax", "torch", "tensorflow") if name in names]
+    record_id = f"{comparison}-parity"
     is_done = any(item["id"] == record_id for item in load(path, new=True)[0])
     is_known = config.script == "vit.py" or serves(config)
     if not config.parity or not is_known or len(backends) < 2 or is_done:

@@ -30,7 +30,6 @@ several rows that of the first that failed.
 
 import dataclasses
 import importlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -50,6 +49,7 @@ from harness import ending, environment, record
 from harness.cli import BUILT_IN, ConfigError, check_writable, fail, parse_split, refuse
 from harness.export import EXPORTS, count_bytes, export_model
 
+BACKENDS = ("jax", "torch", "tensorflow")
 NATIVE = ("vit-b16", "resnet50")  # models that peers/ holds by hand
 CALIBRATED = 256  # training images by which the range of what becomes 8 bits is found
 
@@ -65,7 +65,7 @@ class LatencyConfig:
     batch_sizes: tuple[int, ...] | None = None  # default: 1 8 32 128, under --load 1
     iterations: int = 100  # timed, of each batch size
     warmup: int = 10  # before them, not timed
-    keras_backend: Literal["jax", "torch"] | None = None  # default: KERAS_BACKEND, else jax
+    keras_backend: Literal[BACKENDS] | None = None  # default: KERAS_BACKEND, else jax
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
     weights: Path | None = None  # torchvision's, timm's or DeiT's, .pth or .safetensors
     native: bool = False  # instead of Keras' the model by hand, in the backend's own framework
@@ -100,8 +100,8 @@ class LatencyConfig:
         ]
         refuse(
             (
-                self.keras_backend not in ("jax", "torch"),
-                f"--keras-backend: expected jax or torch, got {self.keras_backend}",
+                self.keras_backend not in BACKENDS,
+                f"--keras-backend: expected {', '.join(BACKENDS)}, got {self.keras_backend}",
             ),
             (
                 not sizes or min(sizes) < 1,
@@ -114,6 +114,10 @@ class LatencyConfig:
             (
                 self.native and self.model not in NATIVE,
                 f"--native: expected --model {' or '.join(NATIVE)}, got {self.model}",
+            ),
+            (
+                self.native and self.keras_backend == "tensorflow",
+                "--native: expected --keras-backend jax or torch, got tensorflow",
             ),
             (
                 self.export and (self.native or self.precision != "float32"),
@@ -477,7 +481,7 @@ def start(model, runtime, size, folder, calibration, report):
     """
     if runtime in EXPORTS:
         serve, files, package, on_gpu = export_model(runtime, model, size, folder, calibration)
-        report["versions"][package] = importlib.metadata.version(package)
+        report["versions"][package] = telemetry.read_version(package)
         if not on_gpu:
             report["device"] |= {"kind": "cpu", "name": report["device"]["cpu_name"]}
         server = Server(lambda pixels: pixels.astype("float32"), serve)

@@ -42,7 +42,8 @@ import numpy as np
 from harness import ending, environment, record, telemetry
 from harness.cli import check_writable, fail, parse_split, refuse
 
-BACKENDS = {"jax": "jax", "torch": "pytorch"}  # and {image} of the launcher
+# And {image} of the launcher.
+BACKENDS = {"jax": "jax", "torch": "pytorch", "tensorflow": "tensorflow"}
 # What rounding may do, with some room; by how much it did is in results/README.md.
 TOLERANCES = {
     "float32": {"layers": 2e-5, "logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "steps": 1e-4},
@@ -66,7 +67,7 @@ class ParityConfig:
     batch_size: int = 4
     steps: int = 5  # of training; with 0 inference alone is compared
     seed: int = 0  # of pixels and labels
-    launcher: str = ""  # stands before each command; {image} is jax or pytorch
+    launcher: str = ""  # stands before each command; {image} is jax, pytorch or tensorflow
     allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     results_path: Path = Path("results.jsonl")  # the record is appended here
     node_name: str = field(default_factory=platform.node)
@@ -75,7 +76,7 @@ class ParityConfig:
     def __post_init__(self):
         unknown = [name for name in self.backends if name not in BACKENDS]
         refuse(
-            (unknown, f"--backends: expected jax and torch, got {' '.join(unknown)}"),
+            (unknown, f"--backends: expected {', '.join(BACKENDS)}, got {' '.join(unknown)}"),
             (
                 len(set(self.backends)) < (1 if self.observed else 2),
                 f"--backends: expected two, got {' '.join(self.backends) or 'none'}",

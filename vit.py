@@ -370,7 +370,11 @@ else:  # imported, by another command with its own flags or by a test
 
 _import_started = time.perf_counter()
 # For parts of Keras that are not used here: up to a fifth of each start, and tens of megabytes.
-_unused = {"matplotlib", "requests", "jax"} - {os.environ["KERAS_BACKEND"]}
+_unused = {
+    "jax": ("matplotlib", "requests", "tensorflow"),
+    "torch": ("matplotlib", "requests", "tensorflow", "jax"),
+    "tensorflow": ("matplotlib", "jax"),  # which needs requests itself
+}[os.environ["KERAS_BACKEND"]]
 with environment.hide(*_unused):
     import keras  # noqa: E402
 import numpy as np  # noqa: E402
@@ -569,7 +573,8 @@ def create_vit_classifier(config, mean=127.5, variance=127.5**2):
     Returns:
         keras.Model from (batch, 32, 32, 3) pixels to (batch, num_classes) float32 logits.
     """
-    keras.utils.set_random_seed(config.seed)
+    with environment.hide(*_unused):  # TensorFlow, if installed, would be imported to be seeded
+        keras.utils.set_random_seed(config.seed)
     pixels = layers.Input(config.input_shape, name="pixels")
     x = Prepare(config.image_size, mean, variance)(pixels)
     x = encode(tokenize(x, config), config)  # (batch, tokens, dim)
@@ -667,7 +672,7 @@ class Batches(keras.utils.PyDataset):
 
 def is_compiled(config):
     """Whether this project's compiled steps train; else Keras' own `fit` does."""
-    return config.trainer == "compiled" and config.jit_compile and engine.BACKEND != "tensorflow"
+    return config.trainer == "compiled" and config.jit_compile
 
 
 def train_plain(model, dataset, config, draw, apply, callbacks, done):

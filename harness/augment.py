@@ -408,7 +408,8 @@ def _whole(x):
 
 def _grey(x):
     """Luma of ITU-R 601-2 in Pillow's fixed-point arithmetic: int32 (batch, height, width)."""
-    return (x[..., 0] * 19595 + x[..., 1] * 38470 + x[..., 2] * 7471 + 0x8000) >> 16
+    grey = x[..., 0] * 19595 + x[..., 1] * 38470 + x[..., 2] * 7471 + 0x8000
+    return ops.right_shift(grey, 16)  # TensorFlow's tensors have no >>
 
 
 def _smooth(x):

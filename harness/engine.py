@@ -4,7 +4,7 @@ Everything in a step happens on the device: the uint8 pictures lie there once, a
 by its indices, augmented, and trained on, in one compiled graph. On JAX that graph is scanned over
 several steps with donated state; on PyTorch Keras' whole training step, backward included, is
 traced once to ATen operations and compiled by inductor, and the Keras optimiser's own variables
-are updated in place.
+are updated in place; on TensorFlow XLA compiles gradients and update.
 """
 
 import contextlib
@@ -195,7 +195,8 @@ def compile_train_steps(model, augment=None):
         for one part is enough. sync() brings the model's variables up to date, for whoever reads or
         writes them between runs.
     """
-    return {"jax": _JaxTraining, "torch": _TorchTraining}[BACKEND](model, augment)
+    training = {"jax": _JaxTraining, "torch": _TorchTraining, "tensorflow": _TensorFlowTraining}
+    return training[BACKEND](model, augment)
 
 
 def compile_function(function):
@@ -204,7 +205,7 @@ def compile_function(function):
     if BACKEND == "jax":
         return jax.jit(function)
     if BACKEND == "tensorflow":
-        return tf.function(function, jit_compile=True)
+        return _compile_tensorflow(function)
     return lambda *given: function(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
 
 
@@ -223,6 +224,8 @@ def compile_forward(model, is_frozen=False):
     if BACKEND == "jax":
         forward = jax.jit(lambda *state_and_x: model.stateless_call(*state_and_x)[0])
         return lambda x: forward(*read(), x)
+    if BACKEND == "tensorflow":
+        return _compile_tensorflow(partial(model, training=False))
     compiled = {}
 
     @torch.no_grad()
@@ -432,6 +435,52 @@ class _TorchTraining:
 
     def sync(self):
         """Nothing to do: the variables are updated in place."""
+
+
+def _compile_tensorflow(function):
+    """By XLA, once for each shape; nothing here needs Python's branches rewritten (autograph)."""
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
+class _TensorFlowTraining:
+    """Two functions that XLA compiles: forward, backward and metrics of a part of a batch, whose
+    gradients add up, and the optimiser's step. Both change Keras' own variables in place."""
+
+    def __init__(self, model, augment):
+        self.model, self.augment = model, augment
+        self.differentiate = _compile_tensorflow(self._differentiate)
+        apply, trainable = model.optimizer.apply, model.trainable_variables
+        self.update = _compile_tensorflow(lambda sums: apply(sums, trainable))
+
+    def load(self, images, labels):
+        self.images, self.labels = map(tf.convert_to_tensor, (np.asarray(images), labels))
+
+    def _differentiate(self, parts, images, labels, index, draws):
+        model, trainable = self.model, self.model.trainable_variables
+        x, y = _make_batch(images, labels, index, draws, self.augment)
+        with tf.GradientTape() as tape:
+            outputs = model(x, training=True)
+            loss = model.compute_loss(x, y, outputs, training=True)
+            scaled = model.optimizer.scale_loss(loss) / parts
+        gradients = tape.gradient(scaled, [variable.value for variable in trainable])
+        return _update_metrics(model, x, y, outputs, loss)["loss"], gradients
+
+    def run(self, order, draws):
+        losses = []
+        for step, parts in enumerate(order):
+            sums = None
+            for part, index in enumerate(parts):
+                drawn = {name: array[step, part] for name, array in draws.items()}
+                loss, gradients = self.differentiate(
+                    len(parts), self.images, self.labels, index, drawn
+                )
+                sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients)]
+            self.update(sums)
+            losses.append(loss)
+        return tf.stack(losses)
+
+    def sync(self):
+        """Nothing to do: the variables are changed in place."""
 
 
 def _update_metrics(model, x, y, outputs, loss):

@@ -195,8 +195,8 @@ def export_savedmodel(model, shape, folder, pictures):
     import tensorflow
 
     path = write(model, shape, "tf_saved_model", folder / "saved_model")
-    run = tensorflow.saved_model.load(str(path)).serve
-    return Served(lambda pixels: run(pixels).numpy(), [path], "tensorflow")
+    loaded = tensorflow.saved_model.load(str(path))  # which owns the variables
+    return Served(lambda pixels: loaded.serve(pixels).numpy(), [path], "tensorflow")
 
 
 EXTRA = "pip install '.[export]'"
@@ -210,7 +210,11 @@ EXPORTS = {  # name: function; by backend the modules that it needs; where to ge
     "openvino": (export_openvino, {"jax": "jax2onnx openvino", "torch": "openvino"}, EXTRA),
     "torch": (export_torch, {"torch": ""}, ""),
     "litert": (export_litert, {"torch": "litert_torch ai_edge_litert"}, LITERT),
-    "savedmodel": (export_savedmodel, {"jax": "tensorflow"}, "pip install '.[tensorflow]'"),
+    "savedmodel": (
+        export_savedmodel,
+        {"jax": "tensorflow", "tensorflow": ""},
+        "pip install '.[tensorflow]'",
+    ),
 }
 EXPORTS["onnx-int8"] = (export_onnx_int8, *EXPORTS["onnx"][1:])
 EXPORTS["tensorrt"] = (export_tensorrt, *EXPORTS["onnx"][1:])

@@ -366,6 +366,14 @@ def host_rss_bytes(root="/"):
     return _read_kilobytes(root, "proc/self/status", "VmRSS")
 
 
+def read_version(name):
+    """That of an installed package, or None. TensorFlow without CUDA is a package of its own."""
+    for package in (name, f"{name}-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
+
+
 def read_versions(backend):
     """Versions for a record, found without importing: python, keras, numpy, the backend's own
     libraries, the driver and the newest CUDA that it runs. backend as in a record ("native-jax").
@@ -373,10 +381,7 @@ def read_versions(backend):
     libraries = BACKENDS.get(backend.rpartition("-")[2], ())
     versions, reasons = {"python": platform.python_version()}, {}
     for name in ("keras", *libraries, "numpy"):
-        versions[name], reasons[name] = None, f"{name} is not installed"
-        for package in (f"{name}-cpu", name):  # TensorFlow without CUDA is a package of its own
-            with suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(package)
+        versions[name], reasons[name] = read_version(name), f"{name} is not installed"
     nvml, _, reason = _open_gpu()
     driver, unknown = _ask(DRIVER_FIELDS, nvml, reason)
     versions |= driver

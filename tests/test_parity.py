@@ -127,7 +127,7 @@ def test_a_comparison_asks_first_whether_the_backends_compute_the_same(tmp_path)
     "flags, told",
     [
         (["--backends", "jax"], "--backends: expected two, got jax"),
-        (["--backends", "jax", "mxnet"], "--backends: expected jax and torch, got mxnet"),
+        (["--backends", "jax", "mxnet"], "--backends: expected jax, torch, tensorflow, got mxnet"),
         (["--files", "a.npz", "text.npz"], "a.npz: expected a file of --observed"),
         (["--files", "text.npz", "text.npz"], "text.npz: expected a file of --observed"),
         (["--model=vgg"], "--model: expected a file PATH.keras or one of vit"),
