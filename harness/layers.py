@@ -71,10 +71,11 @@ class Convolution(layers.Layer):
     """A 3x3 convolution of images (batch, height, width, channels) to (batch, height, width,
     filters); where it halves them, the largest of each 2x2 pixels after a ReLU.
 
-    One matrix product over each pixel's neighbourhood: on a CPU XLA's own convolution and pooling
-    take more than twice as long, gradients included. The largest pixel is found before bias and
-    ReLU, which keep the order, and by `maximum`: on PyTorch's CPU the gradient of `max`, which
-    counts ties, would be most of the layer's time.
+    On JAX and TensorFlow one matrix product over each pixel's neighbourhood: on a CPU XLA's own
+    convolution and pooling take more than twice as long, gradients included; PyTorch's are faster
+    than that. The largest pixel is found before bias and ReLU, which keep the order, and by
+    `maximum`: on PyTorch's CPU the gradient of `max`, which counts ties, would be most of the
+    layer's time.
     """
 
     def __init__(self, filters, halve=True, **kwargs):
@@ -89,12 +90,15 @@ class Convolution(layers.Layer):
 
     def call(self, x):
         _, height, width, channels = x.shape
-        x = ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = ops.concatenate([x[:, :, column : column + width] for column in range(3)], axis=3)
-        x = ops.concatenate([x[:, row : row + height] for row in range(3)], axis=3)
-        kernel = ops.reshape(ops.cast(self.kernel, x.dtype), (9 * channels, self.filters))
-        x = ops.matmul(ops.reshape(x, (-1, 9 * channels)), kernel)
-        bias = ops.cast(self.bias, x.dtype)
+        kernel, bias = ops.cast(self.kernel, x.dtype), ops.cast(self.bias, x.dtype)
+        if keras.backend.backend() == "torch":
+            x = ops.conv(x, kernel, padding="same", data_format="channels_last")
+        else:
+            x = ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            x = ops.concatenate([x[:, :, i : i + width] for i in range(3)], axis=3)
+            x = ops.concatenate([x[:, i : i + height] for i in range(3)], axis=3)
+            x = ops.reshape(x, (-1, 9 * channels))
+            x = ops.matmul(x, ops.reshape(kernel, (9 * channels, self.filters)))
         if not self.halve:
             return ops.reshape(x + bias, (-1, height, width, self.filters))
         x = ops.reshape(x, (-1, height // 2, 2, width // 2, 2, self.filters))
