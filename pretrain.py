@@ -145,7 +145,7 @@ def create_masked_autoencoder(config, mean, variance):
     """(autoencoder, painter), which share all layers. Both take {"pixels": raw pixels (batch, 32,
     32, 3), "order": int32 (batch, patches)}; the first gives each picture's error, (batch,), the
     second the patches as painted, normalised, (batch, patches, pixels)."""
-    keras.utils.set_random_seed(config.seed)
+    vit.set_seed(config.seed)
     inputs = {
         "pixels": layers.Input(config.input_shape, name="pixels"),
         "order": layers.Input((config.num_patches,), dtype="int32", name="order"),

@@ -370,12 +370,12 @@ else:  # imported, by another command with its own flags or by a test
 
 _import_started = time.perf_counter()
 # For parts of Keras that are not used here: up to a fifth of each start, and tens of megabytes.
-_unused = {
+UNUSED = {
     "jax": ("matplotlib", "requests", "tensorflow"),
     "torch": ("matplotlib", "requests", "tensorflow", "jax"),
     "tensorflow": ("matplotlib", "jax"),  # which needs requests itself
 }[os.environ["KERAS_BACKEND"]]
-with environment.hide(*_unused):
+with environment.hide(*UNUSED):
     import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
@@ -563,6 +563,12 @@ class Classifier(keras.Model):
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
 
+def set_seed(seed):
+    """Keras' and NumPy's; TensorFlow, if installed, would be imported to be seeded, too."""
+    with environment.hide(*UNUSED):
+        keras.utils.set_random_seed(seed)
+
+
 def create_vit_classifier(config, mean=127.5, variance=127.5**2):
     """The classifier, from raw pixels to logits, with weights that depend on the seed alone.
 
@@ -573,8 +579,7 @@ def create_vit_classifier(config, mean=127.5, variance=127.5**2):
     Returns:
         keras.Model from (batch, 32, 32, 3) pixels to (batch, num_classes) float32 logits.
     """
-    with environment.hide(*_unused):  # TensorFlow, if installed, would be imported to be seeded
-        keras.utils.set_random_seed(config.seed)
+    set_seed(config.seed)
     pixels = layers.Input(config.input_shape, name="pixels")
     x = Prepare(config.image_size, mean, variance)(pixels)
     x = encode(tokenize(x, config), config)  # (batch, tokens, dim)

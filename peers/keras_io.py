@@ -31,7 +31,7 @@ FIXED = (  # choices of vit.py's that the example does not have
 def create_model(config, mean, variance):
     """vit.create_vit_classifier's model, of Keras' own layers, with the augmentation inside."""
     keras, layers = vit.keras, vit.layers
-    keras.utils.set_random_seed(config.seed)
+    vit.set_seed(config.seed)
     augmentation = [layers.Normalization(mean=mean, variance=variance)]
     augmentation += [layers.Resizing(config.image_size, config.image_size)]
     if config.augment:

@@ -91,7 +91,9 @@ class Stem(nn.ModuleList):
     def forward(self, x):
         *halving, last = self
         for convolution in halving:
-            x = F.relu(F.max_pool2d(convolution(x), 2))
+            x = convolution(x)  # a few percent faster than F.max_pool2d on a CPU in float32:
+            x = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+            x = F.relu(torch.maximum(x[..., ::2], x[..., 1::2]))
         return last(x).flatten(2).transpose(1, 2)
 
 
