@@ -1,5 +1,7 @@
 """Parity: sound backends agree, a broken one is caught and its first wrong layer named."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import MODEL, ROOT, SMALL, run_code, run_python
@@ -103,6 +105,27 @@ def test_a_broken_backend_is_caught(reference, name):
     assert sentence.startswith(f"jax against torch: not the same: {what} differ by ")
     assert not layer or sentence.split(", first in ")[1].split()[1] == layer
     assert not read_only_record(reference)["quality"]["is_same"]
+
+
+@pytest.mark.parametrize("change, code", [(1e-9, 1), (1e-3, 0)])
+def test_a_model_that_magnifies_rounding_gets_more_room(reference, change, code):
+    """By what the nearest other weights change: the record says so."""
+    with np.load(reference / "torch.npz") as file:
+        arrays = dict(file)
+    facts = json.loads(str(arrays.pop("facts")))
+    assert 0 < max(facts["rounding"].values()) < 1e-5  # this model does not
+    facts["rounding"]["gradients"] = change
+    name = next(name for name in arrays if name.startswith("gradients/"))
+    others = arrays | {name: arrays[name] + 1e-3 * np.linalg.norm(arrays[name])}
+    for path, given in (("ours.npz", arrays), ("theirs.npz", others)):
+        np.savez(reference / path, facts=json.dumps(facts), **given)
+    (reference / "results.jsonl").unlink(missing_ok=True)
+    done = run_parity(reference, "--files", "ours.npz", "theirs.npz")
+    assert done.returncode == code, done.stdout + done.stderr
+    told = "quality.rows.gradients: the nearest other weights change them by 1.0e-03"
+    assert (told in done.stdout.replace("\n  ", " ")) == (code == 0)
+    notes = read_only_record(reference)["notes"]
+    assert any(note.startswith(told) for note in notes) == (code == 0)
 
 
 def test_a_comparison_asks_first_whether_the_backends_compute_the_same(tmp_path):
