@@ -46,7 +46,6 @@ from harness.cli import (
     list_flags,
     name_flag,
     parse,
-    refuse,
 )
 
 PROCESS_STARTED = time.perf_counter()
@@ -234,56 +233,6 @@ class ViTConfig:
             self.projection_dim,
         )
         check_config(self)
-        refuse(
-            (
-                self.stem == "conv" and self.patch_size not in (2, 4, 8, 16),
-                f"--stem conv: expected --patch-size 2, 4, 8 or 16, got {self.patch_size}",
-            ),
-            (
-                self.position == "sincos" and self.projection_dim % 4,
-                "--position sincos: expected --projection-dim to be a multiple of 4, "
-                f"got {self.projection_dim}",
-            ),
-            (
-                self.schedule == "constant" and (self.warmup_epochs or self.final_learning_rate),
-                "--warmup-epochs, --final-learning-rate: expected --schedule cosine, got constant",
-            ),
-            (
-                self.warmup_epochs >= self.num_epochs,
-                f"--warmup-epochs: expected less than --num-epochs {self.num_epochs}, "
-                f"got {self.warmup_epochs}",
-            ),
-            (
-                self.loader == "torch" and (self.trainer == "fit" or not self.jit_compile),
-                "--loader torch: expected compiled training, got Keras' fit; or --loader resident",
-            ),
-            (
-                (self.mixup or self.cutmix) and (self.micro_batch_size or self.batch_size) % 2,
-                "--mixup, --cutmix: expected an even --batch-size and --micro-batch-size, "
-                f"since they mix pairs, got {self.batch_size} and {self.micro_batch_size}",
-            ),
-            (
-                self.fit_memory and (self.trainer == "fit" or not self.jit_compile),
-                "--fit-memory: expected compiled training, for Keras' fit has no parts of a batch",
-            ),
-            (
-                self.memory_limit and self.keras_backend == "tensorflow",
-                "--memory-limit: expected JAX or PyTorch, got TensorFlow",
-            ),
-            (
-                self.resume and not self.keep_state,
-                "--resume: expected no --no-keep-state (which comparisons and sweeps imply)",
-            ),
-            (
-                self.checkpoint_path and not str(self.checkpoint_path).endswith(".weights.h5"),
-                "--checkpoint-path: expected a name ending in .weights.h5, "
-                f"got {self.checkpoint_path}",
-            ),
-            (
-                self.model_path and self.model_path.suffix != ".keras",
-                f"--model-path: expected a name ending in .keras, got {self.model_path}",
-            ),
-        )
 
     @property
     def num_patches(self):
@@ -784,10 +733,7 @@ def train(model, dataset, config, draw, apply, report, callbacks, files):
     if is_compiled(config) or done:
         engine.build_state(model, config.batch_size)
     if done:
-        facts = files.state.facts
-        if facts["data_fingerprint"] != dataset.fingerprint:
-            raise state.StateError("--resume: the pictures are not those of the run that stopped")
-        state.restore(model, files.state.arrays)
+        facts = state.restore(model, files.state, dataset.fingerprint)
         history.history = facts["history"]
         before = facts["epoch_seconds"], facts["validation_seconds"]
         report["notes"].append(f"resumed after epoch {done}")
@@ -811,19 +757,8 @@ def train(model, dataset, config, draw, apply, report, callbacks, files):
     average = AverageWeights() if config.ema is not None else None
     callbacks = [history, clock, *([average] if average else []), *callbacks]
     if files.is_kept:
-        best = next((c for c in callbacks if isinstance(c, state.KeepBest)), None)
-
-        def describe():
-            return {
-                "history": history.history,
-                "epoch_seconds": stopwatch.epoch_seconds,
-                "validation_seconds": stopwatch.validation_seconds,
-                "data_fingerprint": dataset.fingerprint,
-                "best": best and best.best,
-                "wandb_id": files.wandb_id,
-            }
-
-        callbacks.append(state.KeepState(files, describe, average))
+        keep = state.KeepState(files, history, stopwatch, average, dataset.fingerprint)
+        callbacks.append(keep)
     try:
         if is_compiled(config):
             return train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, done)
@@ -875,7 +810,7 @@ def run_experiment(config, dataset, report, files, run=None):
         missing = ("val_loss", "val_accuracy", "val_top5_accuracy")
         notes += [f"quality.{name}: there are no validation images" for name in missing]
     if best and best.path.exists():
-        quality["best_epoch"] = best.best["epoch"]
+        quality["best_epoch"] = files.best["epoch"]
         model.load_weights(best.path)
     else:
         quality["best_epoch"] = len(quality["loss"])
@@ -1067,12 +1002,7 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     elif config.micro_batch_size not in (None, config.batch_size):
         fail("--micro-batch-size: expected none, since Keras' fit trains on whole batches")
     root = config.results_path.parent / "runs" if config.keep_state else None
-    try:
-        files = state.open_folder(root, name, config.resume)
-    except OSError as error:
-        files = state.open_folder(None, name, config.resume)
-        files.problems.append(f"not written: {root}, states for --resume: {error.strerror}")
-        state.tell(f"{files.problems[0]} (see --no-keep-state)")
+    files = state.open_files(root, name, config.resume)
     run = None
     if config.use_wandb:
         run = start_wandb(config, files.state and files.state.facts["wandb_id"])

@@ -188,6 +188,56 @@ def check_config(config):
             f"--micro-batch-size: expected a divisor of --batch-size {config.batch_size}, "
             f"got {config.micro_batch_size}"
         )
+    refuse(
+        (
+            config.stem == "conv" and config.patch_size not in (2, 4, 8, 16),
+            f"--stem conv: expected --patch-size 2, 4, 8 or 16, got {config.patch_size}",
+        ),
+        (
+            config.position == "sincos" and config.projection_dim % 4,
+            "--position sincos: expected --projection-dim to be a multiple of 4, "
+            f"got {config.projection_dim}",
+        ),
+        (
+            config.schedule == "constant" and (config.warmup_epochs or config.final_learning_rate),
+            "--warmup-epochs, --final-learning-rate: expected --schedule cosine, got constant",
+        ),
+        (
+            config.warmup_epochs >= config.num_epochs,
+            f"--warmup-epochs: expected less than --num-epochs {config.num_epochs}, "
+            f"got {config.warmup_epochs}",
+        ),
+        (
+            config.loader == "torch" and (config.trainer == "fit" or not config.jit_compile),
+            "--loader torch: expected compiled training, got Keras' fit; or --loader resident",
+        ),
+        (
+            (config.mixup or config.cutmix) and (config.micro_batch_size or config.batch_size) % 2,
+            "--mixup, --cutmix: expected an even --batch-size and --micro-batch-size, "
+            f"since they mix pairs, got {config.batch_size} and {config.micro_batch_size}",
+        ),
+        (
+            config.fit_memory and (config.trainer == "fit" or not config.jit_compile),
+            "--fit-memory: expected compiled training, for Keras' fit has no parts of a batch",
+        ),
+        (
+            config.memory_limit and config.keras_backend == "tensorflow",
+            "--memory-limit: expected JAX or PyTorch, got TensorFlow",
+        ),
+        (
+            config.resume and not config.keep_state,
+            "--resume: expected no --no-keep-state (which comparisons and sweeps imply)",
+        ),
+        (
+            config.checkpoint_path and not str(config.checkpoint_path).endswith(".weights.h5"),
+            "--checkpoint-path: expected a name ending in .weights.h5, "
+            f"got {config.checkpoint_path}",
+        ),
+        (
+            config.model_path and config.model_path.suffix != ".keras",
+            f"--model-path: expected a name ending in .keras, got {config.model_path}",
+        ),
+    )
     if config.dataset not in BUILT_IN:
         return
     limits = {"num_classes": 100}

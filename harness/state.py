@@ -52,6 +52,7 @@ class RunFiles:
     folder: Path  # no other process has it
     state: State | None = None  # to go on with
     is_kept: bool = True  # whether a state is written after each epoch
+    best: dict | None = None  # epoch and accuracy of the weights of `KeepBest`
     wandb_id: str | None = None
     problems: list = field(default_factory=list)  # what could not be written, a line each
 
@@ -84,6 +85,17 @@ def name_run(choices):
 
 # ---------------------------------------------------------------------------------------------
 # Folders
+
+
+def open_files(root, name, is_resumed):
+    """`open_folder`; where that cannot be, as without a root, which is told and noted."""
+    try:
+        return open_folder(root, name, is_resumed)
+    except OSError as error:
+        files = open_folder(None, name, is_resumed)
+        files.problems.append(f"not written: {root}, states for --resume: {error.strerror}")
+        tell(f"{files.problems[0]} (see --no-keep-state)")
+        return files
 
 
 def open_folder(root, name, is_resumed):
@@ -245,32 +257,49 @@ def list_variables(model):
     ]
 
 
-def restore(model, arrays):
-    """Set a built model's variables. Raises StateError."""
+def restore(model, state, fingerprint):
+    """Set a built model's variables, and return the state's facts. Raises StateError.
+
+    fingerprint: of the pictures, which must be those of the run that stopped.
+    """
+    if state.facts["data_fingerprint"] != fingerprint:
+        raise StateError("--resume: the pictures are not those of the run that stopped")
     variables = list_variables(model)
-    shapes = [tuple(v.shape) for v in variables], [array.shape for array in arrays]
+    shapes = [tuple(v.shape) for v in variables], [array.shape for array in state.arrays]
     if shapes[0] != shapes[1]:
         raise StateError("the state is of another model")
-    for variable, array in zip(variables, arrays):
+    for variable, array in zip(variables, state.arrays):
         variable.assign(array)
+    return state.facts
 
 
 class KeepState(keras.callbacks.Callback):
     """After each epoch, the last of the callbacks: write the state.
 
     Args:
-        describe: a function that gives a state's facts, but for its name and epochs.
+        history, stopwatch: what is known of the epochs.
         average: the callback that puts averages in the weights' place, or None.
+        fingerprint: of the pictures.
     """
 
-    def __init__(self, files, describe, average):
+    def __init__(self, files, history, stopwatch, average, fingerprint):
         super().__init__()
-        self.files, self.describe, self.average = files, describe, average
+        self.files, self.history, self.stopwatch = files, history, stopwatch
+        self.average, self.fingerprint = average, fingerprint
 
     def on_epoch_end(self, epoch, logs=None):
         if self.average:
             self.average.swap(False)
-        facts = {"name": self.files.name, "epochs": epoch + 1, **self.describe()}
+        facts = {
+            "name": self.files.name,
+            "epochs": epoch + 1,
+            "history": self.history.history,
+            "epoch_seconds": self.stopwatch.epoch_seconds,
+            "validation_seconds": self.stopwatch.validation_seconds,
+            "data_fingerprint": self.fingerprint,
+            "best": self.files.best,
+            "wandb_id": self.files.wandb_id,
+        }
         arrays = [keras.ops.convert_to_numpy(v.value) for v in list_variables(self.model)]
         newest, before = (self.files.folder / name for name in STATES)
         write = partial(write_state, State(facts, arrays))
@@ -283,20 +312,21 @@ class KeepBest(keras.callbacks.Callback):
     def __init__(self, files):
         super().__init__()
         self.files = files
-        self.best = {"epoch": 0, "accuracy": -1.0}
+        files.best = {"epoch": 0, "accuracy": -1.0}
         if files.state:
-            self.best = files.state.facts["best"]
+            files.best = files.state.facts["best"]
 
     @property
     def path(self):
-        return self.files.folder / f"best-{self.best['epoch']:06d}.weights.h5"
+        return self.files.folder / f"best-{self.files.best['epoch']:06d}.weights.h5"
 
     def on_epoch_end(self, epoch, logs=None):
-        if not logs["val_accuracy"] > self.best["accuracy"]:
+        files, before = self.files, self.files.best
+        if not logs["val_accuracy"] > before["accuracy"]:
             return
-        before, self.best = self.best, {"epoch": epoch + 1, "accuracy": logs["val_accuracy"]}
-        if not self.files.save("the best weights", self.model.save_weights, self.path, self.model):
-            self.best = before
+        files.best = {"epoch": epoch + 1, "accuracy": logs["val_accuracy"]}
+        if not files.save("the best weights", self.model.save_weights, self.path, self.model):
+            files.best = before
         # The two states on the disk may still name the two before.
-        for old in sorted(self.files.folder.glob("best-*.weights.h5"))[:-3]:
+        for old in sorted(files.folder.glob("best-*.weights.h5"))[:-3]:
             old.unlink(missing_ok=True)
