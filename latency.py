@@ -462,6 +462,11 @@ def start_compiled(forward):
     return Server(engine.place, lambda x: engine.wait(forward(x)))
 
 
+def start_keras(model):
+    """This project's compiled inference."""
+    return start_compiled(engine.compile_forward(model, is_frozen=True))
+
+
 def start_native(config, report):
     """The model by hand."""
     peer = importlib.import_module(f"peers.imagenet_{config.keras_backend}")
@@ -494,7 +499,7 @@ def start(model, runtime, size, folder, calibration, report):
         if runtime == "predict":
             server = Server(lambda pixels: pixels, partial(model.predict, verbose=0))
         else:
-            server = start_compiled(engine.compile_forward(model, is_frozen=True))
+            server = start_keras(model)
     report["model"]["bytes_on_disk"] = count_bytes(files)
     return server
 
@@ -550,20 +555,21 @@ def measure(config, model_flags, row, report):
     (size, runtime), started = config.list_rows()[row], time.perf_counter()
     if config.native:
         server, shape = start_native(config, report), (224, 224, 3)
+    else:
+        model = create_model(config, model_flags)
+        shape = model.input_shape[1:]
+        report["model"] |= {
+            "parameters": count_parameters(model),
+            "flops_per_image": engine.count_flops(model),
+            "input_shape": shape,
+        }
+    if not config.export:  # no file: writing one would count in the memory
+        server = server if config.native else start_keras(model)
         report["timing"]["build_seconds"] = time.perf_counter() - started
         return time_server(server, shape, config, size, report)
-    model = create_model(config, model_flags)
-    shape = model.input_shape[1:]
-    report["model"] |= {
-        "parameters": count_parameters(model),
-        "flops_per_image": engine.count_flops(model),
-        "input_shape": shape,
-    }
-    calibration = None
-    if config.export:
-        report["quality"] = dict.fromkeys(("test_accuracy", "logits_difference"))
-        calibration, pictures, labels = load_pictures(config, model, report)
-        expected = keras.ops.convert_to_numpy(model(pictures[:size], training=False))
+    report["quality"] = dict.fromkeys(("test_accuracy", "logits_difference"))
+    calibration, pictures, labels = load_pictures(config, model, report)
+    expected = keras.ops.convert_to_numpy(model(pictures[:size], training=False))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if config.export_path:
@@ -572,8 +578,7 @@ def measure(config, model_flags, row, report):
         server = start(model, runtime, size, folder, calibration, report)
         report["timing"]["build_seconds"] = time.perf_counter() - started
         time_server(server, shape, config, size, report)
-        if config.export:
-            report["quality"] |= measure_quality(server, size, pictures, labels, expected)
+        report["quality"] |= measure_quality(server, size, pictures, labels, expected)
 
 
 def time_server(server, shape, config, batch_size, report):
