@@ -1099,7 +1099,6 @@ def plot_latency(axes, report, name):
     sizes = sorted({int(key.split()[0]) for key in report["cells"]})
     axes.set(xlabel="batch size", ylabel=LATENCY[name][0], xscale="log", yscale="log")
     axes.set_xticks(sizes, sizes)
-    axes.minorticks_off()
 
 
 def plot_throughput(axes, report):
@@ -1138,6 +1137,17 @@ def plot_cost(axes, report):
     axes.set(xlabel="epochs", ylabel="import, build, compile\nand training, s", ylim=(0, None))
 
 
+def number_log_axis(axis):
+    """Ticks with plain numbers on a logarithmic axis, also where it spans no power of ten"""
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, StrMethodFormatter
+
+    if not isinstance(axis.get_major_locator(), FixedLocator):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(4))
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.minorticks_off()
+
+
 def draw(plot, report, *arguments, form="svg"):
     """Bytes of one plot, 5 inches wide in 12 points: legible on a phone"""
     import matplotlib  # only where a report is written: its import takes most of a second
@@ -1151,6 +1161,9 @@ def draw(plot, report, *arguments, form="svg"):
         plot(axes, report, *arguments)
         if axes.get_xscale() == "linear":
             axes.set_xlim(0, axes.get_xlim()[1] * 1.03)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                number_log_axis(axis)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         handles, labels = axes.get_legend_handles_labels()

@@ -429,6 +429,21 @@ def test_serving_is_reported_by_batch_size(bench):
     page = (bench / "out/report.html").read_text()
     assert page.count("<img") == 4 and "batch 8: images/s" in page
     assert "over batch sizes" in page and report["parity"] in page
+    shown = (bench / "out/report.svg").read_text()  # matplotlib writes texts as comments, too
+    assert all(f"<!-- {text} -->" in shown for text in ("1", "8", "10", "20"))
+
+
+@pytest.mark.parametrize("low, high, ticks", [(37, 42, (39, 42)), (3, 900, (5, 10, 500))])
+def test_a_logarithmic_axis_has_plain_numbers(low, high, ticks):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.add_subplot(xscale="log", xlim=(low, high))
+    compare.number_log_axis(axes.xaxis)
+    figure.draw_without_rendering()
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert {str(tick) for tick in ticks} <= set(shown)
+    assert not axes.get_xticklabels(minor=True)
 
 
 def test_a_batch_that_failed_is_not_measured():
