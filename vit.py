@@ -39,6 +39,7 @@ from harness import ending, environment, fitting, tracking
 from harness.cli import (
     BUILT_IN,
     ConfigError,
+    check_clashes,
     check_config,
     check_writable,
     choose_micro_batch,
@@ -233,6 +234,7 @@ class ViTConfig:
             self.projection_dim,
         )
         check_config(self)
+        check_clashes(self)
 
     @property
     def num_patches(self):

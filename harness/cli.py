@@ -188,6 +188,30 @@ def check_config(config):
             f"--micro-batch-size: expected a divisor of --batch-size {config.batch_size}, "
             f"got {config.micro_batch_size}"
         )
+    if config.dataset not in BUILT_IN:
+        return
+    limits = {"num_classes": 100}
+    if config.dataset == "cifar100":
+        limits |= {"train_images": 50_000, "test_images": 10_000}
+    for name, available in limits.items():
+        asked = getattr(config, name)
+        if asked and asked > available:
+            raise ConfigError(f"{name_flag(name)}: expected at most {available}, got {asked}")
+    if tuple(config.input_shape) != (32, 32, 3):
+        raise ConfigError(
+            f"--input-shape: expected 32 32 3, as {config.dataset} has it, got {config.input_shape}"
+        )
+    images = config.train_images or 500 * config.num_classes
+    images -= round(images * config.validation_split)
+    if config.batch_size > images:
+        raise ConfigError(
+            f"--batch-size: expected at most the {images} images that are left to train on, "
+            f"got {config.batch_size}"
+        )
+
+
+def check_clashes(config):
+    """Raise ConfigError where choices of vit.py cannot be together."""
     refuse(
         (
             config.stem == "conv" and config.patch_size not in (2, 4, 8, 16),
@@ -238,26 +262,6 @@ def check_config(config):
             f"--model-path: expected a name ending in .keras, got {config.model_path}",
         ),
     )
-    if config.dataset not in BUILT_IN:
-        return
-    limits = {"num_classes": 100}
-    if config.dataset == "cifar100":
-        limits |= {"train_images": 50_000, "test_images": 10_000}
-    for name, available in limits.items():
-        asked = getattr(config, name)
-        if asked and asked > available:
-            raise ConfigError(f"{name_flag(name)}: expected at most {available}, got {asked}")
-    if tuple(config.input_shape) != (32, 32, 3):
-        raise ConfigError(
-            f"--input-shape: expected 32 32 3, as {config.dataset} has it, got {config.input_shape}"
-        )
-    images = config.train_images or 500 * config.num_classes
-    images -= round(images * config.validation_split)
-    if config.batch_size > images:
-        raise ConfigError(
-            f"--batch-size: expected at most the {images} images that are left to train on, "
-            f"got {config.batch_size}"
-        )
 
 
 def refuse(*clashes):
