@@ -112,21 +112,29 @@ def read_observed(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        return json.loads(str(arrays.pop("facts"))), arrays
+        facts = json.loads(str(arrays.pop("facts")))
+        if "rounding" not in facts:
+            raise ValueError("it is of another version of parity.py")
+        return facts, arrays
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise Unreadable(f"{path}: expected a file of --observed: {error}") from error
 
 
 def compare_training(ours, theirs):
-    """{what: relative difference} of the loss, of each weight's gradient, a dictionary by name, and
-    of each step, an array."""
+    """Rows of a table, {what, observed, where}: of the loss, of each weight's gradient, `where`
+    being the weight, of the steps that are judged, `where` being all of them."""
     names = [name for name in ours if name.startswith("gradients/")]
     total = np.sqrt(sum(np.square(ours[name]).sum(dtype="f8") for name in names))
-    return {
-        "loss": float(np.abs(theirs["loss"] - ours["loss"]).max() / np.abs(ours["loss"]).max()),
-        "gradients": {n: float(np.linalg.norm(ours[n] - theirs[n]) / total) for n in names},
-        "steps": np.abs(theirs["steps"] - ours["steps"]) / np.abs(ours["steps"]),
+    loss = np.abs(theirs["loss"] - ours["loss"]).max() / np.abs(ours["loss"]).max()
+    gradients = {n: float(np.linalg.norm(ours[n] - theirs[n]) / total) for n in names}
+    worst = max(gradients, key=gradients.get)
+    steps = np.abs(theirs["steps"] - ours["steps"]) / np.abs(ours["steps"])
+    observed = {
+        "loss": (float(loss), ""),
+        "gradients": (max(gradients.values()), worst.partition("/")[2]),
+        "steps": (float(steps[:JUDGED_STEPS].max()), ", ".join(f"{step:.0e}" for step in steps)),
     }
+    return [{"what": w, "observed": o, "where": where} for w, (o, where) in observed.items()]
 
 
 def compare(ours, theirs, tolerances):
@@ -147,34 +155,20 @@ def compare(ours, theirs, tolerances):
         if not np.array_equal(ours[name], theirs[name]):
             raise Unreadable(f"expected equal {name} in all files, see --equal")
 
-    def among(group, found):
-        found = {name.partition("/")[2]: value for name, value in found.items()}
-        beyond = [name for name, value in found.items() if not value <= tolerances[group]]
-        where = beyond[0] if beyond and group == "layers" else max(found, key=found.get)
-        return {"what": group, "observed": max(found.values()), "where": where}
-
     def over_largest(name):
         largest = np.abs(ours[name]).max(initial=0)
         difference = np.abs(ours[name] - theirs[name]).max(initial=0)
         return float(difference / largest) if largest else float(difference)
 
-    layers = {name: over_largest(name) for name in ours if name.startswith("layers/")}
+    layers = {n.partition("/")[2]: over_largest(n) for n in ours if n.startswith("layers/")}
+    beyond = [name for name, value in layers.items() if not value <= tolerances["layers"]]
+    where = beyond[0] if beyond else max(layers, key=layers.get)
     rows = [
-        among("layers", layers),
+        {"what": "layers", "observed": max(layers.values()), "where": where},
         {"what": "logits", "observed": over_largest("logits"), "where": ""},
     ]
     if "steps" in ours:
-        training = compare_training(ours, theirs)
-        drift = ", ".join(f"{value:.0e}" for value in training["steps"])
-        rows += [
-            {"what": "loss", "observed": training["loss"], "where": ""},
-            among("gradients", training["gradients"]),
-            {
-                "what": "steps",
-                "observed": float(training["steps"][:JUDGED_STEPS].max()),
-                "where": drift,
-            },
-        ]
+        rows += compare_training(ours, theirs)
     return [{**row, "tolerance": tolerances[row["what"]]} for row in rows]
 
 
@@ -414,12 +408,8 @@ def observe_training(model, found, is_moved=False):
 
 def measure_rounding(model, found):
     """{what: relative change} of training by weights that are one float32 away."""
-    change = compare_training(found, observe_training(model, found, is_moved=True))
-    return {
-        "loss": change["loss"],
-        "gradients": max(change["gradients"].values()),
-        "steps": float(change["steps"][:JUDGED_STEPS].max()),
-    }
+    moved = observe_training(model, found, is_moved=True)
+    return {row["what"]: row["observed"] for row in compare_training(found, moved)}
 
 
 def write_observed(config, model_flags):

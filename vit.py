@@ -44,6 +44,7 @@ from harness.cli import (
     check_writable,
     choose_micro_batch,
     fail,
+    is_compiled,
     list_flags,
     name_flag,
     parse,
@@ -624,11 +625,6 @@ class Batches(keras.utils.PyDataset):
         if self.apply is None:
             return images, labels
         return self.apply(images, labels, {name: drawn[rows] for name, drawn in self.draws.items()})
-
-
-def is_compiled(config):
-    """Whether this project's compiled steps train; else Keras' own `fit` does."""
-    return config.trainer == "compiled" and config.jit_compile
 
 
 def train_plain(model, dataset, config, draw, apply, callbacks, done):

@@ -210,6 +210,11 @@ def check_config(config):
         )
 
 
+def is_compiled(config):
+    """Whether this project's compiled steps train; else Keras' own `fit` does."""
+    return config.trainer == "compiled" and config.jit_compile
+
+
 def check_clashes(config):
     """Raise ConfigError where choices of vit.py cannot be together."""
     refuse(
@@ -232,7 +237,7 @@ def check_clashes(config):
             f"got {config.warmup_epochs}",
         ),
         (
-            config.loader == "torch" and (config.trainer == "fit" or not config.jit_compile),
+            config.loader == "torch" and not is_compiled(config),
             "--loader torch: expected compiled training, got Keras' fit; or --loader resident",
         ),
         (
@@ -241,7 +246,7 @@ def check_clashes(config):
             f"since they mix pairs, got {config.batch_size} and {config.micro_batch_size}",
         ),
         (
-            config.fit_memory and (config.trainer == "fit" or not config.jit_compile),
+            config.fit_memory and not is_compiled(config),
             "--fit-memory: expected compiled training, for Keras' fit has no parts of a batch",
         ),
         (

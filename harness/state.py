@@ -312,9 +312,8 @@ class KeepBest(keras.callbacks.Callback):
     def __init__(self, files):
         super().__init__()
         self.files = files
-        files.best = {"epoch": 0, "accuracy": -1.0}
-        if files.state:
-            files.best = files.state.facts["best"]
+        none = {"epoch": 0, "accuracy": -1.0}
+        files.best = files.state.facts["best"] if files.state else none
 
     @property
     def path(self):
