@@ -177,7 +177,8 @@ def judge(files, config):
     facts, arrays = zip(*(read_observed(path) for path in files))
     first, precision = facts[0], facts[0]["precision"]
     tolerances, rows, raised = dict(TOLERANCES[precision]), [], []
-    for what, change in first["rounding"].items():
+    rounding = {what: change for fact in facts for what, change in fact["rounding"].items()}
+    for what, change in rounding.items():  # of the one that drew the weights, see --equal
         if ROOM * change > tolerances[what]:
             tolerances[what] = ROOM * change
             raised.append(

@@ -38,10 +38,11 @@ def is_affected(version, affected):
     if version in affected.get("versions", ()):
         return True
     here = Version(version)
-    for events in (each["events"] for each in affected.get("ranges", ())):
+    ranges = (each for each in affected.get("ranges", ()) if each.get("type") != "GIT")  # commits
+    for events in (each["events"] for each in ranges):
         try:
             bounds = [(Version(bound), kind) for event in events for kind, bound in event.items()]
-        except InvalidVersion:  # commits, or a version of an old form
+        except InvalidVersion:  # of an old form
             continue
         inside = False
         for bound, kind in sorted(bounds):
@@ -71,7 +72,7 @@ def find_vulnerabilities(pins, archive, exploited):
         if advisory.get("withdrawn"):
             continue
         names = {advisory["id"], *advisory.get("aliases", ())}
-        for affected in advisory["affected"]:
+        for affected in advisory.get("affected", ()):
             package = affected.get("package", {})
             name = normalize(package.get("name", ""))
             versions = pins.get(name, ()) if package.get("ecosystem") == "PyPI" else ()

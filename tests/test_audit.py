@@ -37,9 +37,11 @@ ADVISORIES = [
     advise("LAST", **between({"introduced": "1"}, {"last_affected": "1.2.0"})),
     advise("PAST", **between({"introduced": "1"}, {"last_affected": "1.1.9"})),
     advise("COMMITS", **between({"introduced": "0"}, {"fixed": "deadbeef"}, kind="GIT")),
+    advise("COMMITS-UNFIXED", **between({"introduced": "0"}, kind="GIT")),
     advise("WITHDRAWN", versions=["1.2.0"], withdrawn="2026-01-01T00:00:00Z"),
     advise("ELSEWHERE", ecosystem="npm", versions=["1.2.0"]),
     advise("NOT-LOCKED", package="wrong-pad", versions=["1.2.0"]),
+    {"id": "ABOUT-NOTHING"},  # which the schema allows
 ]
 MEANT = ["CAME-BACK", "IN-RANGE", "LAST", "LISTED"]
 
