@@ -83,26 +83,36 @@ def run_to_end(run, remedy):
         its traceback.
     """
     ASKED.clear()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, end_run)
+    handle_signals(end_run)
     try:
-        run()
-        ended = "ok", None, 0
+        ended = run_to_error(run, remedy)
+        handle_signals(signal.SIG_IGN)
     except KeyboardInterrupt:
         ended = "interrupted", "Ctrl-C", 130
-    except Terminated:
+    except Terminated:  # also while an error was looked at: a sweep's end breaks its pipe first
         ended = "interrupted", "SIGTERM", 143
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # what follows would fail, too
-        ended = "interrupted", "nobody reads the output any more", 141
-    except Exception as error:
-        ended = judge(error, remedy)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)
+    handle_signals(signal.SIG_IGN)
     if ended[0] == "interrupted":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return ended
+
+
+def handle_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, handler)
+
+
+def run_to_error(run, remedy):
+    """As `run_to_end`, but for the signals."""
+    try:
+        run()
+        return "ok", None, 0
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # what follows would fail, too
+        return "interrupted", "nobody reads the output any more", 141
+    except Exception as error:
+        return judge(error, remedy)
 
 
 def judge(error, remedy):

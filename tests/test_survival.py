@@ -179,11 +179,21 @@ def test_who_stops_a_run_can_go_on_with_it(tmp_path, whole, number, code):
     assert losses(read_last_record(tmp_path)) == losses(whole)
 
 
-def test_a_signal_that_python_drops_comes_again():
-    code = """
-import signal, time, os
-from harness import ending
+def tell_ending(code):
+    """How a run ends that a program defines as `run`, and its standard error"""
+    code = f"import os, signal, time\nfrom harness import ending\n{code}\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", f'{code}print(ending.run_to_end(run, "x"))'],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip(), done.stderr
 
+
+def test_a_signal_that_python_drops_comes_again():
+    told, errors = tell_ending("""
 class Deaf:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -192,15 +202,24 @@ class Deaf:
 def run():
     Deaf()
     time.sleep(60)
+""")
+    assert "Exception ignored" in errors  # else nothing was shown here
+    assert told == "('interrupted', 'SIGTERM', 143)"
 
-print(ending.run_to_end(run, "x"))
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert "Exception ignored" in done.stderr  # else nothing was shown here
-    assert done.stdout.strip() == "('interrupted', 'SIGTERM', 143)"
+
+def test_a_signal_while_an_error_is_looked_at():
+    """As when a sweep dies: first its pipe breaks, then SIGTERM comes."""
+    told, errors = tell_ending("""
+class Broken(Exception):
+    @property
+    def ending(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+def run():
+    raise Broken
+""")
+    assert (told, errors) == ("('interrupted', 'SIGTERM', 143)", "")
 
 
 def test_a_second_ctrl_c_ends_it_at_once():
