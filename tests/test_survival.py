@@ -179,21 +179,17 @@ def test_who_stops_a_run_can_go_on_with_it(tmp_path, whole, number, code):
     assert losses(read_last_record(tmp_path)) == losses(whole)
 
 
-def tell_ending(code):
+def tell_ending(folder, code):
     """How a run ends that a program defines as `run`, and its standard error"""
     code = f"import os, signal, time\nfrom harness import ending\n{code}\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", f'{code}print(ending.run_to_end(run, "x"))'],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(folder, "-c", f'{code}print(ending.run_to_end(run, "x"))')
     return done.stdout.strip(), done.stderr
 
 
-def test_a_signal_that_python_drops_comes_again():
-    told, errors = tell_ending("""
+def test_a_signal_that_python_drops_comes_again(tmp_path):
+    told, errors = tell_ending(
+        tmp_path,
+        """
 class Deaf:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -202,14 +198,17 @@ class Deaf:
 def run():
     Deaf()
     time.sleep(60)
-""")
+""",
+    )
     assert "Exception ignored" in errors  # else nothing was shown here
     assert told == "('interrupted', 'SIGTERM', 143)"
 
 
-def test_a_signal_while_an_error_is_looked_at():
+def test_a_signal_while_an_error_is_looked_at(tmp_path):
     """As when a sweep dies: first its pipe breaks, then SIGTERM comes."""
-    told, errors = tell_ending("""
+    told, errors = tell_ending(
+        tmp_path,
+        """
 class Broken(Exception):
     @property
     def ending(self):
@@ -218,7 +217,8 @@ class Broken(Exception):
 
 def run():
     raise Broken
-""")
+""",
+    )
     assert (told, errors) == ("('interrupted', 'SIGTERM', 143)", "")
 
 
