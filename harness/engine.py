@@ -534,11 +534,14 @@ def _compiling_faster():
     the C++ compiler begins on each as soon as that is written. Inductor asks for each again later,
     by its text, and finds it under way. And its only DtypePropagationOpsHandler is set up anew,
     with a rule for each of some hundred operations, whenever an operation asks for it: here once.
+    Places in memory are simplified where they divide, not where only their steps are asked for.
     Millions of small objects that live on make Python's garbage collector look in vain: less often.
     """
+    from torch._inductor import sizevars
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen import common
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
     define = PythonWrapperCodegen.define_kernel
 
@@ -547,12 +550,19 @@ def _compiling_faster():
             eval(body, {"async_compile": AsyncCompile()})  # as the module that inductor writes does
         return define(self, name, body, *others, **named)
 
+    simplify = getattr(sizevars, "simplify_index_in_vec_range", None)
+
+    def simplify_divided(index, *others):
+        return simplify(index, *others) if index.has(FloorDiv, ModularIndexing) else index
+
     rules = cache(common.DtypePropagationOpsHandler)
     thresholds = gc.get_threshold()
     gc.set_threshold(100_000, *thresholds[1:])
     with (
         mock.patch.object(PythonWrapperCodegen, "define_kernel", define_and_build),
         mock.patch.object(common, "DtypePropagationOpsHandler", rules),
+        # some versions of PyTorch have it elsewhere, and go without this
+        mock.patch.object(sizevars, "simplify_index_in_vec_range", simplify_divided, create=True),
     ):
         try:
             yield
