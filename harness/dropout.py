@@ -18,8 +18,9 @@ shift = ops.right_shift if keras.backend.backend() == "tensorflow" else operator
 
 
 def hash_bits(number, key):
-    """Mix int32 numbers: multiplications that wrap, their upper bits folded into the lower ones in
-    between. The multipliers are those of `lowbias32` (C. Wellons' "Hash Prospector", 2022).
+    """31 bits of hash for each int32 number: multiplications that wrap, their upper bits folded
+    into the lower ones in between. The multipliers are those of `lowbias32` (C. Wellons' "Hash
+    Prospector", 2022).
 
     The key is added twice, so that two keys never give permuted masks. What only the lower bits
     would gain from is left out: a mask is decided by the upper ones. Every operation here is one
@@ -30,7 +31,8 @@ def hash_bits(number, key):
     x = x ^ shift(x, 15)
     x = (x + key) * 0x735A2D97
     x = x ^ shift(x, 13)
-    return x * 0x21F0AAAD
+    # A C++ compiler takes a signed product that is compared at once not to wrap.
+    return (x * 0x21F0AAAD) & 0x7FFFFFFF
 
 
 @keras.saving.register_keras_serializable("vit")
@@ -45,7 +47,7 @@ class Dropout(layers.Dropout):
         state.assign(state.value + 1)
         shape = self.mask_shape(ops.shape(inputs))  # on TensorFlow the batch may be unknown
         number = ops.reshape(ops.arange(math.prod(shape), dtype="int32"), shape)
-        keep = hash_bits(number, key) >= round(self.rate * 2**32) - 2**31
+        keep = hash_bits(number, key) >= round(self.rate * 2**31)
         return inputs * ops.cast(keep, inputs.dtype) / (1 - self.rate)
 
     def mask_shape(self, shape):

@@ -44,7 +44,7 @@ def dropout(x, rate, key, shape=None):
     bits = torch.arange(math.prod(shape), dtype=torch.int32, device=x.device).view(shape)
     bits = (bits + key) * 0x21F0AAAD
     bits = ((bits ^ bits >> 15) + key) * 0x735A2D97
-    keep = (bits ^ bits >> 13) * 0x21F0AAAD >= round(rate * 2**32) - 2**31
+    keep = (bits ^ bits >> 13) * 0x21F0AAAD & 0x7FFFFFFF >= round(rate * 2**31)
     return torch.where(keep, x / (1 - rate), 0)
 
 
