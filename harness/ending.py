@@ -33,6 +33,7 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+RUNNING = []  # something while a signal may still end the run
 ASKED = []  # the signals that came
 IN_STEPS = []  # something while a step is to be finished first
 
@@ -60,6 +61,8 @@ def raise_signal():
 
 def end_run(number, frame):
     """The handler of a run's signals."""
+    if not RUNNING:
+        return
     if number != signal.SIGALRM:
         ASKED.append(number)
     if IN_STEPS and len(ASKED) == 1 and number != signal.SIGALRM:
@@ -83,14 +86,17 @@ def run_to_end(run, remedy):
         its traceback.
     """
     ASKED.clear()
+    RUNNING.append(True)
     handle_signals(end_run)
     try:
         ended = run_to_error(run, remedy)
-        handle_signals(signal.SIG_IGN)
     except KeyboardInterrupt:
         ended = "interrupted", "Ctrl-C", 130
     except Terminated:  # also while an error was looked at: a sweep's end breaks its pipe first
         ended = "interrupted", "SIGTERM", 143
+    # At once: one that came while the frames of the run were taken down is looked at in the next
+    # call of a Python function, and what it raised there would end the process without a record.
+    RUNNING.clear()
     handle_signals(signal.SIG_IGN)
     if ended[0] == "interrupted":
         signal.signal(signal.SIGINT, signal.SIG_DFL)

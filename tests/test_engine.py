@@ -205,11 +205,12 @@ print(json.dumps([compiled(x, state)[0].tolist(), compiled(x, state)[0].tolist()
 
 def test_kernels_are_built_while_others_are_written(tmp_path):
     """Each kernel is asked for when it is written and again in the end, but built once; inductor's
-    own functions and the garbage collector's thresholds are as before."""
+    own functions and the garbage collector's thresholds are as before; what is written is what
+    inductor by itself writes."""
     code = """
 import os
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath("new")
-import collections, gc, json, torch
+import collections, contextlib, gc, json, torch
 from harness import engine
 from torch._inductor import sizevars
 from torch._inductor.async_compile import AsyncCompile
@@ -224,13 +225,22 @@ def ask(self, types, source):
     return build(self, types, source)
 AsyncCompile.cpp_pybinding = ask
 x = torch.arange(4096.0).reshape(64, 64)
-compiled = engine._compile_torch(lambda x: [torch.softmax(x @ x.exp(), 1).sin()], x / 4096)
-built = [f for *_, files in os.walk("new") for f in files]
-built = [f for f in built if f.endswith(".main.so")]
-print(json.dumps([sorted(collections.Counter(asked).values()), len(built), look() == before]))
+def compute(x):
+    turned = x.roll(3).reshape(16, 256).t().reshape(64, 64).cos()  # whose places divide
+    return [torch.softmax(x @ x.exp(), 1).sin(), turned]
+def list_files(folder, ending):
+    return sorted(f for *_, files in os.walk(folder) for f in files if f.endswith(ending))
+engine._compile_torch(compute, x / 4096)
+times, is_as_before = sorted(collections.Counter(asked).values()), look() == before
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath("plain")
+engine._compiling_faster = contextlib.nullcontext
+engine._compile_torch(compute, x / 4096)
+written = [list_files(folder, ".main.cpp") for folder in ("new", "plain")]
+print(json.dumps([times, len(list_files("new", ".main.so")), is_as_before, *written]))
 """
-    times, built, is_as_before = run_code(tmp_path, "torch", code)
+    times, built, is_as_before, ours, plain = run_code(tmp_path, "torch", code)
     assert times == [2] * built and built > 1 and is_as_before
+    assert ours == plain and len(ours) == built
 
 
 def test_a_cache_that_processors_share(tmp_path):

@@ -222,6 +222,26 @@ def run():
     assert (told, errors) == ("('interrupted', 'SIGTERM', 143)", "")
 
 
+def test_a_signal_that_comes_when_the_run_has_ended(tmp_path):
+    """As the one that is raised again does, on a busy machine."""
+    told, errors = tell_ending(
+        tmp_path,
+        """
+handle_signals = ending.handle_signals
+
+def hold_up(handler):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    handle_signals(handler)
+
+def run():
+    ending.handle_signals = hold_up
+    raise ending.Terminated
+""",
+    )
+    assert (told, errors) == ("('interrupted', 'SIGTERM', 143)", "")
+
+
 def test_a_second_ctrl_c_ends_it_at_once():
     """The first waits for the end of a step that takes a minute."""
     code = """

@@ -576,4 +576,5 @@ def test_a_trial_ends_with_its_sweep(tmp_path):
     sweep.communicate()  # the trial holds no pipe of the sweep's
     wait_for(lambda: (tmp_path / "results/sweep-s.jsonl").exists())
     (written,), _ = records.read_records(tmp_path / "results/sweep-s.jsonl")
-    assert written["status"] == "interrupted"  # by SIGTERM, or by the pipe, which breaks first
+    assert written["status"] == "interrupted"
+    assert written["error"] in ("SIGTERM", "nobody reads the output any more")  # whichever is first
