@@ -25,6 +25,11 @@ if BACKEND == "jax":
     import jax
 elif BACKEND == "torch":
     import torch
+
+    # As XLA does. Training comes to such numbers, gradients and their squares below 1e-38, within
+    # a dozen steps, and a CPU takes many times as long for them. Threads take this over from
+    # the one that starts them, so it comes before PyTorch has any.
+    torch.set_flush_denormal(True)
 elif BACKEND == "tensorflow":
     import tensorflow as tf
 

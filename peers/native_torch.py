@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, to which training comes
 IMPORT_SECONDS = common.IMPORT_SECONDS + time.perf_counter() - _import_started
 
 # ---------------------------------------------------------------------------------------------

@@ -176,6 +176,19 @@ print(json.dumps([zlib.crc32(np.stack(masks).tobytes()), [float(m.mean()) for m 
 """
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_too_small_for_float32_are_zero(tmp_path, backend):
+    """In all threads: a CPU takes many times as long for denormal numbers."""
+    code = """
+import json, keras, numpy as np
+from harness import engine
+x, y = np.full((2, 2**22), [[1e-30], [1e-9]], "float32")
+product = engine.wait(engine.compile_function(lambda x, y: x * y)(x, y))
+print(json.dumps(int(np.count_nonzero(keras.ops.convert_to_numpy(product).view("int32")))))
+"""
+    assert run_code(tmp_path, backend, code) == 0
+
+
 def test_dropout_masks(tmp_path):
     """60,000 elements: a share of 0.2 has a standard error of 0.0016, one of 0.04 of 0.0008."""
     (checksum, shares, repeats, neighbours, scale, idle), other = (
