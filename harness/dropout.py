@@ -17,18 +17,22 @@ GOLDEN = -0x61C88647  # 2**32 divided by the golden ratio, odd, as an int32: spr
 shift = ops.right_shift if keras.backend.backend() == "tensorflow" else operator.rshift
 
 
-def hash_bits(x, key):
-    """Mix int32 bits: the function `lowbias32` of C. Wellons' "Hash Prospector" (2018, constants
-    of 2022), with a key added between its rounds so that two keys never give permuted masks.
+def hash_bits(number, key):
+    """31 bits of hash for each int32 number: multiplications that wrap, their upper bits folded
+    into the lower ones in between. The multipliers are those of `lowbias32` (C. Wellons' "Hash
+    Prospector", 2022).
 
-    Multiplication wraps; shifts are made logical by masking the sign's copies off. Plain operators,
-    since keras.ops would make a tensor of each constant, which PyTorch then carries along.
+    The key is added twice, so that two keys never give permuted masks. What only the lower bits
+    would gain from is left out: a mask is decided by the upper ones. Every operation here is one
+    more in each kernel that drops, and a compiler goes through them all. Plain operators, since
+    keras.ops would make a tensor of each constant, which PyTorch then carries along.
     """
-    x = x ^ (shift(x, 16) & 0xFFFF)
-    x = x * 0x21F0AAAD
-    x = x ^ (shift(x, 15) & 0x1FFFF)
+    x = (number + key) * 0x21F0AAAD
+    x = x ^ shift(x, 15)
     x = (x + key) * 0x735A2D97
-    return x ^ (shift(x, 15) & 0x1FFFF)
+    x = x ^ shift(x, 13)
+    # A C++ compiler takes a signed product that is compared at once not to wrap.
+    return (x * 0x21F0AAAD) & 0x7FFFFFFF
 
 
 @keras.saving.register_keras_serializable("vit")
@@ -38,13 +42,13 @@ class Dropout(layers.Dropout):
     def call(self, inputs, training=False):
         if not training or self.rate == 0:
             return inputs
-        seed, calls = ops.unstack(ops.cast(self.seed_generator.next(), "int32"))
-        key = seed + calls * GOLDEN
+        state = self.seed_generator.state  # counted on here: its own `next` takes twice the steps
+        key = ops.cast(state.value, "int32")[0] * GOLDEN
+        state.assign(state.value + 1)
         shape = self.mask_shape(ops.shape(inputs))  # on TensorFlow the batch may be unknown
         number = ops.reshape(ops.arange(math.prod(shape), dtype="int32"), shape)
-        bits = hash_bits(number + key, key * GOLDEN) & 0x7FFFFFFF
-        keep = bits >= round(self.rate * 2**31)
-        return ops.where(keep, inputs / (1 - self.rate), ops.zeros_like(inputs))
+        keep = hash_bits(number, key) >= round(self.rate * 2**31)
+        return inputs * (ops.cast(keep, inputs.dtype) * (1 / (1 - self.rate)))
 
     def mask_shape(self, shape):
         return shape

@@ -46,19 +46,20 @@ def dropout(x, rate, key, shape=None):
     """Zero a share `rate` of x and scale the rest; nothing without a key. The mask is of another
     shape if given, as for a whole branch of a picture (drop path).
 
-    The mask is a hash of the element's number (`lowbias32` of C. Wellons' "Hash Prospector", with
-    a key added between its rounds). XLA fuses it with what comes before and after; on a CPU
-    jax.random.bernoulli's generators cost more.
+    The mask is a hash of the element's number (multipliers of `lowbias32`, C. Wellons' "Hash
+    Prospector", with a key added before and between them). XLA fuses it with what comes before and
+    after; on a CPU jax.random.bernoulli's generators cost more.
     """
     if key is None or rate == 0:
         return x
     first, second = jax.random.bits(key, (2,), "uint32")
     shape = shape or x.shape
-    bits = jax.lax.iota("uint32", math.prod(shape)).reshape(shape) + first
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x21F0AAAD)
+    bits = jax.lax.iota("uint32", math.prod(shape)).reshape(shape)
+    bits = (bits + first) * jnp.uint32(0x21F0AAAD)
     bits = ((bits ^ (bits >> 15)) + second) * jnp.uint32(0x735A2D97)
-    keep = (bits ^ (bits >> 15)) >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0x21F0AAAD)
+    keep = bits >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x * (1 / (1 - rate)), 0).astype(x.dtype)
 
 
 gelu = partial(jax.nn.gelu, approximate=False)

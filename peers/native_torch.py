@@ -35,18 +35,18 @@ def dropout(x, rate, key, shape=None):
     """Zero a share `rate` of x and scale the rest; nothing without a key, an int32 tensor. The mask
     is of another shape if given, as for a whole branch of a picture (drop path).
 
-    The mask is a hash of the element's number (`lowbias32` of C. Wellons' "Hash Prospector", with
-    the key added before and between its rounds), which inductor fuses with what comes before and
-    after. On a CPU the masks of torch.nn.functional.dropout were a third of a step.
+    The mask is a hash of the element's number (multipliers of `lowbias32`, C. Wellons' "Hash
+    Prospector", with the key added before and between them), which inductor fuses with what comes
+    before and after. On a CPU the masks of torch.nn.functional.dropout were a third of a step.
     """
     if key is None or rate == 0:
         return x
     shape = shape or x.shape
-    bits = torch.arange(math.prod(shape), dtype=torch.int32, device=x.device).view(shape) + key
-    bits = (bits ^ (bits >> 16 & 0xFFFF)) * 0x21F0AAAD
-    bits = ((bits ^ (bits >> 15 & 0x1FFFF)) + key * 0x61C88647) * 0x735A2D97
-    keep = (bits ^ (bits >> 15 & 0x1FFFF)) & 0x7FFFFFFF >= round(rate * 2**31)
-    return torch.where(keep, x / (1 - rate), 0)
+    bits = torch.arange(math.prod(shape), dtype=torch.int32, device=x.device).view(shape)
+    bits = (bits + key) * 0x21F0AAAD
+    bits = ((bits ^ bits >> 15) + key) * 0x735A2D97
+    keep = (bits ^ bits >> 13) * 0x21F0AAAD & 0x7FFFFFFF >= round(rate * 2**31)
+    return torch.where(keep, x * (1 / (1 - rate)), 0)
 
 
 class Attention(nn.Module):
