@@ -536,7 +536,7 @@ def _compile_torch(function, *arguments, freeze=False):
         graph, constants = _evaluate_constants(graph, leaves[:-1])
         leaves = [*constants, leaves[-1]]
     if hasattr(torch._inductor, "standalone_compile"):
-        # A CPU is to keep what softmax's gradient reads twice, a dropout of 30 operations. By itself
+        # A CPU is to keep what softmax's gradient reads twice: a dropout, 30 operations. By itself
         # inductor keeps what has more than 50 there, and computes the rest for each reader.
         kept = {} if on_gpu() else {"realize_opcount_threshold": 28}
         with _compiling_faster(), torch._inductor.config.patch(kept):
