@@ -262,6 +262,43 @@ print(json.dumps([times, len(list_files("new", ".main.so")), is_as_before, *writ
     assert ours == plain and len(ours) == built
 
 
+FROZEN = """
+import json, numpy as np, keras, vit
+from harness import engine
+from torch._dynamo.utils import counters
+
+keras.utils.set_random_seed(0)
+x = inputs = keras.Input((12, 12, 4))
+for layer in (
+    keras.layers.Conv2D(8, 3, padding="same", activation="relu"),
+    keras.layers.Conv2D(8, 3, strides=2, use_bias=False, groups=2),
+    keras.layers.BatchNormalization(),
+    keras.layers.DepthwiseConv2D(3, dilation_rate=2, padding="same"),
+    keras.layers.Permute((3, 1, 2)),
+    keras.layers.Conv2D(6, 1, data_format="channels_first"),
+    keras.layers.Conv2DTranspose(4, 2, strides=2, data_format="channels_first"),
+    keras.layers.Flatten(),
+):
+    x = layer(x)
+model = keras.Model(inputs, x)
+forward = engine.compile_forward(model, is_frozen=True)
+differences = []
+for seed in range(2):
+    pixels = np.random.default_rng(seed).normal(size=(3, 12, 12, 4)).astype("float32")
+    expected = model(pixels).detach().numpy()
+    differences.append(float(abs(forward(pixels).numpy() - expected).max() / abs(expected).max()))
+print(json.dumps([differences, len(engine._PACKED), counters["inductor"]["fxgraph_cache_hit"]]))
+"""
+
+
+def test_kernels_that_stay_are_put_in_order_once(tmp_path):
+    """Convolutions of every kind, frozen, give what the model gives, and a second start finds them
+    compiled."""
+    for hits in (0, 1):
+        differences, packed, found = run_code(tmp_path, "torch", FROZEN)
+        assert max(differences) < 1e-6 and packed == 4 and found == hits
+
+
 def test_a_cache_that_processors_share(tmp_path):
     """A home folder or a volume outlives the machine; inductor alone loads the other's graph."""
     code = """
