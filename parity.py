@@ -57,6 +57,8 @@ TOLERANCES = {
 }
 JUDGED_STEPS = 3
 ROOM = 10  # times what the nearest other weights change
+# Such weights are tried, since one may change a single number, as a loss is, by next to nothing.
+MOVES = 3
 
 
 @dataclass
@@ -71,7 +73,7 @@ class ParityConfig:
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
     batch_size: int = 4
     steps: int = 5  # of training; with 0 inference alone is compared
-    seed: int = 0  # of pixels and labels
+    seed: int = 0  # of weights, pixels and labels
     launcher: str = ""  # stands before each command; {image} is jax, pytorch or tensorflow
     allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     results_path: Path = Path("results.jsonl")  # the record is appended here
@@ -378,28 +380,29 @@ def observe(model, config, given=None):
     return found | (observe_training(model, found) if config.steps else {})
 
 
-def assign_weights(model, found, is_moved=False):
-    """Give a model the weights of a file, or of each the next float32 on one side or the other."""
+def assign_weights(model, found, move=None):
+    """Give a model the weights of a file, or of each the next float32 on one side or the other,
+    which `move`, a seed, chooses."""
     given = [found[name] for name in found if name.startswith("weights/")]
-    trained, rng = {id(v) for v in model.trainable_variables}, np.random.default_rng(0)
+    trained, rng = {id(v) for v in model.trainable_variables}, np.random.default_rng(move)
     for variable, value in zip(model.weights, given):
-        if is_moved and id(variable) in trained:
+        if move is not None and id(variable) in trained:
             sides = rng.choice(np.array([-np.inf, np.inf], "f4"), value.shape)
             value = np.nextafter(value, sides)
         variable.assign(value)
 
 
-def observe_training(model, found, is_moved=False):
+def observe_training(model, found, move=None):
     """{name: array}: the loss and the gradients of a step, and the losses of some steps. What is
     random begins where it stood before."""
     pixels, labels = found["pixels"], found["labels"]
     known = {id(variable) for variable in model.weights}
     seeds = [(v, v.numpy()) for v in model.non_trainable_variables if id(v) not in known]
-    assign_weights(model, found, is_moved)
+    assign_weights(model, found, move)
     seen = {"loss": train(model, KeepGradients(), pixels[:1], labels[:1])}
     for number, variable in enumerate(model.trainable_variables):
         seen[f"gradients/{number:03d} {variable.path}"] = to_float(variable)
-    assign_weights(model, found, is_moved)
+    assign_weights(model, found, move)
     optimizer = keras.optimizers.AdamW(learning_rate=0.001, weight_decay=0.0001)
     seen["steps"] = train(model, optimizer, pixels, labels)
     for variable, value in seeds:
@@ -408,9 +411,12 @@ def observe_training(model, found, is_moved=False):
 
 
 def measure_rounding(model, found):
-    """{what: relative change} of training by weights that are one float32 away."""
-    moved = observe_training(model, found, is_moved=True)
-    return {row["what"]: row["observed"] for row in compare_training(found, moved)}
+    """{what: largest relative change} of training by weights that are one float32 away."""
+    changes = {}
+    for move in range(MOVES):
+        for row in compare_training(found, observe_training(model, found, move)):
+            changes[row["what"]] = max(row["observed"], changes.get(row["what"], 0.0))
+    return changes
 
 
 def write_observed(config, model_flags):
@@ -420,6 +426,7 @@ def write_observed(config, model_flags):
     report = vit.begin_record("parity", dataclasses.asdict(config), machine, precision)
     given = read_observed(config.equal)[1] if config.equal else None
     choices = {"keras_backend": engine.BACKEND, "data_format": "channels_last"}
+    keras.utils.set_random_seed(config.seed)
     model = latency.create_model(latency.LatencyConfig(model=config.model, **choices), model_flags)
     facts = {
         **{key: report[key] for key in ("backend", "precision", "device", "versions", "notes")},
