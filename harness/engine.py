@@ -637,6 +637,9 @@ def _evaluate_constants(graph, known):
             )
         else:
             copies[node] = rest.node_copy(node, copies.__getitem__)
+            if node.target is torch.ops.aten.view.default:
+                # Of a convolution, whose channels may now come last in memory.
+                copies[node].target = torch.ops.aten.reshape.default
     return torch.fx.GraphModule(graph, rest), [values[node] for node in needed]
 
 
