@@ -263,6 +263,8 @@ print(json.dumps([times, len(list_files("new", ".main.so")), is_as_before, *writ
 
 
 FROZEN = """
+import os
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath("cache")  # nobody has filled it before
 import json, numpy as np, keras, vit
 from harness import engine
 from torch._dynamo.utils import counters
