@@ -621,9 +621,11 @@ def _evaluate_constants(graph, known):
             values[node] = node.target(*given[0], **given[1])
     unknown = [node for node in nodes if node not in values]
     packed = {node for node in unknown if _can_pack(node, values)}
-    read = {n for node in unknown for n in node.all_input_nodes if node not in packed}
-    read |= {n for node in packed for n in (node.args[0], node.args[2])}
-    needed = [node for node in values if node in read]
+    needed = [
+        node
+        for node in values
+        if any(u not in values and (u not in packed or u.args[1] is not node) for u in node.users)
+    ]
     for node in needed:
         copies[node] = rest.placeholder(node.name)
         if any(user.target is torch.ops.aten.convolution.default for user in node.users):
