@@ -40,7 +40,9 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
+import operator
 import os
 import platform
 import re
@@ -53,6 +55,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +113,7 @@ class CompareConfig:
     repeats: int = 3  # runs of each entry; an interval needs 3
     reference: str = ""  # entry that the others are compared with (default: the first)
     cool_down: float = 0.0  # seconds to wait between runs
+    start_together: bool = False  # a repeat's runs compile at once, and are measured in turn
     results_path: Path | None = None  # file of the runs (default: results/compare-ID.jsonl)
     resume: bool = False  # go on with the newest comparison that this command began
     dry_run: bool = False  # print the commands in their order
@@ -260,12 +264,16 @@ def stop_child(child):
             continue
 
 
-def run_child(command, record_id, verbose):
-    """Asleep until the command ends: (exit status, last error on stderr, whether interrupted)"""
+CHILDREN = set()  # that run now
+
+
+def run_child(command, record_id, verbose, turn=None):
+    """Asleep until the command ends: (exit status, last error on stderr, whether interrupted).
+    `turn`: see measure_together"""
     try:
         child = subprocess.Popen(
             command,
-            env={**os.environ, "VIT_RECORD_ID": record_id},
+            env={**os.environ, "VIT_RECORD_ID": record_id, "VIT_TURN": str(turn or "")},
             stdin=subprocess.DEVNULL,
             stdout=None if verbose else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -285,6 +293,7 @@ def run_child(command, record_id, verbose):
                     sys.stderr.write(line)
 
     interrupted = False
+    CHILDREN.add(child)
     reader = threading.Thread(target=drain, daemon=True)
     try:
         reader.start()
@@ -292,17 +301,18 @@ def run_child(command, record_id, verbose):
     except KeyboardInterrupt:
         interrupted = True
         stop_child(child)
+    CHILDREN.discard(child)
     reader.join(2)  # not for ever: a grandchild may keep the pipe open
     spoken = [line for line in lines if line]
     errors = [line for line in spoken if re.search("error|unrecognized", line, re.I)]
     return child.returncode, (errors or spoken or [""])[-1], interrupted
 
 
-def measure_run(run, path, verbose):
+def measure_run(run, path, verbose, turn=None):
     """(record, whether interrupted) of one run; writes the record where the child did not"""
     before = {json.dumps(item) for item in load(path, new=True)[0]}
     started = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
-    returncode, last_line, interrupted = run_child(run["command"], run["id"], verbose)
+    returncode, last_line, interrupted = run_child(run["command"], run["id"], verbose, turn)
     found = [item for item in load(path, new=True)[0] if json.dumps(item) not in before]
     for item in reversed(found):
         if item["id"].partition("~")[0] == run["id"]:
@@ -333,18 +343,51 @@ def find_done(found):
     return {run for run in rows if len(ok[run]) >= rows[run]}
 
 
+def measure_together(runs, path, config):
+    """Begins runs at once and, when all have compiled, lets one after the other be measured: where
+    there are cores for that, it takes less time. Yields what `measure_run` gives, of each"""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(runs)) as pool:
+        turns = [Path(folder, str(index)) for index in range(len(runs))]
+        begun = [
+            pool.submit(measure_run, run, path, config.verbose, turn)
+            for run, turn in zip(runs, turns)
+        ]
+        try:
+            while not all(one.done() or turn.exists() for one, turn in zip(begun, turns)):
+                time.sleep(0.05)
+            for one, turn in zip(begun, turns):
+                turn.unlink(missing_ok=True)
+                yield one.result()
+        except (KeyboardInterrupt, GeneratorExit):
+            for child in list(CHILDREN):
+                stop_child(child)
+            raise
+
+
+def measure_in_turn(runs, path, config):
+    """Yields what `measure_run` gives, of each run"""
+    for index, run in enumerate(runs):
+        time.sleep(config.cool_down if index else 0)
+        yield measure_run(run, path, config.verbose)
+
+
 def measure(plan, path, config, console):
     """Runs what is not done yet, one line a run; returns whether it came to the end"""
     done = find_done(load(path, new=True)[0])
     todo = [run for run in plan if run["id"] not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(todo)} runs of {len(plan)} to do, into {path}")
+    results = measure_in_turn(todo, path, config)
+    if config.start_together:
+        repeats = itertools.groupby(todo, operator.itemgetter("repeat"))
+        results = itertools.chain.from_iterable(
+            measure_together(list(runs), path, config) for _, runs in repeats
+        )
     durations = collections.defaultdict(list)
     for index, run in enumerate(todo):
         try:
-            time.sleep(config.cool_down if index else 0)
             start = time.perf_counter()
-            record, interrupted = measure_run(run, path, config.verbose)
+            record, interrupted = next(results)
         except KeyboardInterrupt:
             interrupted = True
         if interrupted:
@@ -353,7 +396,6 @@ def measure(plan, path, config, console):
         durations[run["label"]].append(time.perf_counter() - start)
         mean = np.mean([seconds for several in durations.values() for seconds in several])
         left = sum(np.mean(durations.get(later["label"], mean)) for later in todo[index + 1 :])
-        left += config.cool_down * (len(todo) - index - 1)
         name = "images_per_second" if record["kind"] == "latency" else "train_images_per_second"
         speed = show(dig(record, f"timing.{name}"))
         outcome = f"{speed} images/s" if record["status"] == "ok" else record["status"]
@@ -1275,6 +1317,8 @@ def run_comparison(config, work, console):
     if fixed := list_flags(work) & {"results-path", "keras-backend"}:
         raise BadInput(f"--{min(fixed)} cannot stand after --; use --results-path or --backends")
     entries = choose_entries(config)
+    if config.start_together and (config.launcher or serves(config) or config.find_memory):
+        raise BadInput("--start-together: expected runs of vit.py without --launcher")
     if config.find_memory:
         found = {
             "--memory-limit": "memory-limit" in list_flags(work),

@@ -13,6 +13,7 @@ import gc
 import math
 import platform
 import resource
+import warnings
 from functools import cache, partial, wraps
 from operator import itemgetter
 from unittest import mock
@@ -105,6 +106,8 @@ def set_precision(precision):
     elif BACKEND == "torch":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
+        # Inductor advises to turn on what was not asked for.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     else:
         tf.config.experimental.enable_tensor_float_32_execution(tf32)
     return "float32" if precision == "tf32" and not tf32 else precision
@@ -161,9 +164,10 @@ def steps_per_call(steps):
     """How many of an epoch's `steps` go to the device at once, without a remainder.
 
     On a GPU a call costs the host about as much as a small step costs the device, so JAX scans
-    over up to 32. On a CPU a step is long and the user wants to see and to stop each one.
+    over up to 32, and PyTorch starts as many without waiting. On a CPU a step is long and the user
+    wants to see and to stop each one.
     """
-    if BACKEND != "jax" or not on_gpu():
+    if BACKEND == "tensorflow" or not on_gpu():
         return 1
     return max(n for n in range(1, 33) if steps % n == 0)
 
@@ -237,13 +241,15 @@ def compile_forward(model, is_frozen=False):
     def forward(x):
         x = keras.ops.convert_to_tensor(x)
         if x.shape not in compiled:
-            compiled[x.shape] = _compile_torch(
+            run = _compile_torch(
                 lambda state, x: [model.stateless_call(*state, x)[0]],
                 read(),
                 x,
                 freeze=is_frozen,
             )
-        return compiled[x.shape](read(), x)[0]
+            call = lambda x: run(read(), x)[0]  # noqa: E731
+            compiled[x.shape] = _capture(call) if is_frozen and on_gpu() else call
+        return compiled[x.shape](x)
 
     return forward
 
@@ -359,22 +365,30 @@ class _JaxTraining:
 
 class _TorchTraining:
     """One compiled graph gathers, augments, runs forward and backward and updates the metrics, for
-    each part of a batch; then the optimiser updates Keras' own variables in place."""
+    each part of a batch; then the optimiser updates Keras' own variables in place. On a GPU all of
+    a step is one CUDA graph."""
 
     def __init__(self, model, augment):
         self.model, self.augment, self.compiled = model, augment, None
         self.trained = [v.value for v in model.trainable_variables]
-        self.update = _fuse_adam(model.optimizer, model.trainable_variables)
+        self.images = None
+        self.update, self.list_rates = _fuse_adam(model.optimizer, model.trainable_variables)
 
     def load(self, images, labels):
         # Keras would copy the pictures even where the device is the CPU.
         device = self.trained[0].device
-        self.images, self.labels = (
+        loaded = [
             torch.as_tensor(array).to(device, non_blocking=True) for array in (images, labels)
-        )
-        if device.type == "cpu" and self.images.is_shared():
+        ]
+        if device.type == "cpu" and loaded[0].is_shared():
             # Inductor's code may read some bytes past the end, where a DataLoader's memory ends.
-            self.images = self.images.clone()
+            loaded[0] = loaded[0].clone()
+        if on_gpu() and self.images is not None and self.images.shape == loaded[0].shape:
+            self.images.copy_(loaded[0], non_blocking=True)  # where a captured step reads them
+            self.labels.copy_(loaded[1], non_blocking=True)
+            return
+        self.images, self.labels = loaded
+        self.step = _capture(self._step) if on_gpu() and self.list_rates else self._step
 
     def _differentiate(self, parts, trainable, carried, images, labels, index, draws):
         """Keras' train step up to the gradients, as a function of tensors, for one of `parts`.
@@ -413,30 +427,28 @@ class _TorchTraining:
 
     def run(self, order, draws):
         with torch.no_grad():
-            return self._run(order, draws)
+            rates = self.list_rates(len(order)) if self.list_rates else ()
+            given = (*keras.tree.map_structure(_send, (order, draws)), rates)
+            rows = (keras.tree.map_structure(itemgetter(n), given) for n in range(len(order)))
+            return torch.stack([self.step(*row) for row in rows])
 
-    def _run(self, order, draws):
-        from torch.utils._pytree import tree_map
-
-        given = tree_map(keras.ops.convert_to_tensor, (order, draws))
-        carried = [variable.value for variable in self._carried()]
-        losses = []
-        for step, parts in enumerate(order):
-            sums = None
-            for part in range(len(parts)):
-                rows = tree_map(itemgetter((step, part)), given)
-                arguments = (self.trained, carried, self.images, self.labels, *rows)
-                if self.compiled is None:
-                    differentiate = partial(self._differentiate, len(parts))
-                    self.compiled = _compile_torch(differentiate, *arguments)
-                loss, *gradients = self.compiled(*arguments)
-                if sums is None:
-                    sums = gradients
-                else:
-                    torch._foreach_add_(sums, gradients)
-            self.update(sums)
-            losses.append(loss)
-        return torch.stack(losses)
+    def _step(self, order, draws, rates):
+        """A step on a batch in parts: indices (parts, images), draws of as many, its rates, if any.
+        Returns the running mean of the loss."""
+        sums, carried = None, [variable.value for variable in self._carried()]
+        for part in range(len(order)):
+            rows = keras.tree.map_structure(itemgetter(part), (order, draws))
+            arguments = (self.trained, carried, self.images, self.labels, *rows)
+            if self.compiled is None:
+                differentiate = partial(self._differentiate, len(order))
+                self.compiled = _compile_torch(differentiate, *arguments)
+            loss, *gradients = self.compiled(*arguments)
+            if sums is None:
+                sums = gradients
+            else:
+                torch._foreach_add_(sums, gradients)
+        self.update(sums, *rates)
+        return loss
 
     def sync(self):
         """Nothing to do: the variables are updated in place."""
@@ -532,9 +544,10 @@ def _compile_torch(function, *arguments, freeze=False):
         return tuple(function(*tree_unflatten(leaves, structure)))
 
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
-    if freeze:
-        graph, constants = _evaluate_constants(graph, leaves[:-1])
-        leaves = [*constants, leaves[-1]]
+    known = leaves[:-1] if freeze else []
+    # A constant that the code made on the host would otherwise go to the GPU in every call.
+    graph, constants = _evaluate_constants(graph, known) if freeze or on_gpu() else (graph, [])
+    leaves = [*constants, *leaves[len(known) :]]
     if hasattr(torch._inductor, "standalone_compile"):
         # A CPU is to keep what softmax's gradient reads twice: a dropout, 30 operations. By itself
         # inductor keeps what has more than 50 there, and computes the rest for each reader.
@@ -546,9 +559,7 @@ def _compile_torch(function, *arguments, freeze=False):
     else:  # before 2.8, such as a Jetson's
         compiled = torch._inductor.compile(graph, leaves)
     _return_memory()
-    if freeze:
-        return lambda *arguments: compiled(*constants, arguments[-1])
-    return lambda *arguments: compiled(*tree_leaves(arguments))
+    return lambda *arguments: compiled(*constants, *tree_leaves(arguments)[len(known) :])
 
 
 @contextlib.contextmanager
@@ -603,20 +614,26 @@ def _evaluate_constants(graph, known):
 
     Args:
         graph: torch.fx.GraphModule of ATen operations that change none of their inputs.
-        known: tensors, the first inputs.
+        known: tensors, the first inputs; [] for what depends on the graph's own constants alone.
 
     Returns:
         (graph, constants): the rest, whose first inputs are the constants, then those not known.
     """
-    values, rest, copies = {}, torch.fx.Graph(), {}
+    values, rest, copies, has_known = {}, torch.fx.Graph(), {}, bool(known)
     nodes, known = list(graph.graph.nodes), iter(known)
+
+    def is_constant(node):
+        # What is made of nothing, such as a range, is computed where it is read: it may be large.
+        given = node.all_input_nodes
+        return all(n in values for n in given) and (has_known or len(given) > 0)
+
     for node in nodes:
         if node.op == "placeholder":
             if (value := next(known, None)) is not None:
                 values[node] = value
         elif node.op == "get_attr":
             values[node] = getattr(graph, node.target)
-        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+        elif node.op == "call_function" and is_constant(node):
             given = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*given[0], **given[1])
     unknown = [node for node in nodes if node not in values]
@@ -709,9 +726,13 @@ def _fuse_adam(optimizer, variables):
     """The update that a Keras optimiser makes, through PyTorch's fused kernel where it can be.
 
     Adam and AdamW run fused, with clipping by the global norm and an average of the weights if
-    asked for; anything else runs Keras' own update. The two are the same arithmetic but for where
-    epsilon stands: Keras adds it to sqrt(v) before the bias correction, PyTorch after, so PyTorch
-    gets epsilon divided by sqrt(1 - beta_2 ** t) (Kingma and Ba 2015, end of section 2).
+    asked for; anything else runs Keras' own update. Keras adds epsilon to sqrt(v) before the bias
+    correction, PyTorch after (Kingma and Ba 2015, end of section 2), so PyTorch's kernel is told of
+    a step so late that it corrects nothing, and gets a rate that has been corrected.
+
+    Returns:
+        (update, list_rates). update(gradients, *rates), tensors. list_rates(steps) gives what the
+        coming steps are to get, a tuple of (steps,), or is None where that is nothing.
     """
     # On PyTorch Keras makes an optimiser of a backend class with the same name.
     plain = type(optimizer).__name__ in ("Adam", "AdamW") and not any(
@@ -725,48 +746,98 @@ def _fuse_adam(optimizer, variables):
         )
     )
     if not plain:
-        return lambda gradients: optimizer.apply(gradients, variables)
+        return lambda gradients: optimizer.apply(gradients, variables), None
 
-    tensors = [v.value for v in variables]
-    decayed = [bool(optimizer.weight_decay) and optimizer._use_weight_decay(v) for v in variables]
-    groups = [
-        {
-            "params": [t for t, is_decayed in zip(tensors, decayed) if is_decayed == decay],
-            "weight_decay": optimizer.weight_decay if decay else 0.0,
-        }
-        for decay in sorted(set(decayed))
-    ]
-    fused = torch.optim.AdamW(groups, betas=(optimizer.beta_1, optimizer.beta_2), fused=True)
-    steps_done = int(optimizer.iterations.value)
     # PyTorch's state is Keras' variables themselves, so that saving a model saves it.
-    for tensor, momentum, velocity in zip(tensors, optimizer._momentums, optimizer._velocities):
-        fused.state[tensor] = {
-            "step": torch.tensor(float(steps_done), device=tensor.device),
-            "exp_avg": momentum.value,
-            "exp_avg_sq": velocity.value,
-        }
+    tensors, momentums, velocities = (
+        [v.value for v in group]
+        for group in (variables, optimizer._momentums, optimizer._velocities)
+    )
+    decay = optimizer.weight_decay or 0.0
+    decayed = [v.value for v in variables if decay and optimizer._use_weight_decay(v)]
+    late = [torch.tensor(1e9, device=tensors[0].device)] * len(tensors)
+    steps_done = int(optimizer.iterations.value)
+    has_stepped = steps_done > 0
 
-    def update(gradients):
+    def list_rates(steps):
         nonlocal steps_done
-        steps_done += 1
+        coming = range(steps_done, steps_done + steps)
+        steps_done += steps
+        rates = optimizer._learning_rate
+        if isinstance(rates, keras.optimizers.schedules.LearningRateSchedule):
+            with keras.device("cpu"):  # a schedule's branches would wait for a GPU in each step
+                rates = np.float32([float(rates(step)) for step in coming])
+            rates = _send(rates)
+        else:
+            rates = keras.ops.convert_to_tensor(optimizer.learning_rate).expand(steps)
+        beta_1, beta_2 = optimizer.beta_1, optimizer.beta_2
+        factors = [math.sqrt(1 - beta_2 ** (n + 1)) / (1 - beta_1 ** (n + 1)) for n in coming]
+        return rates, rates * _send(np.float32(factors))
+
+    def update(gradients, rate, corrected):
+        nonlocal has_stepped
         if optimizer.global_clipnorm:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             norm = norm.clamp(min=optimizer.global_clipnorm)
             torch._foreach_mul_(gradients, optimizer.global_clipnorm / norm)
-        learning_rate = optimizer.learning_rate
-        for group in fused.param_groups:
-            group["lr"] = keras.ops.convert_to_tensor(learning_rate)
-            group["eps"] = optimizer.epsilon / math.sqrt(1 - optimizer.beta_2**steps_done)
-        for tensor, gradient in zip(tensors, gradients):
-            tensor.grad = gradient
-        fused.step()
+        if decayed:
+            torch._foreach_mul_(decayed, 1 - rate * decay)
+        torch._fused_adamw_(
+            *(tensors, gradients, momentums, velocities, [], late),
+            lr=corrected,
+            beta1=optimizer.beta_1,
+            beta2=optimizer.beta_2,
+            weight_decay=0.0,
+            eps=optimizer.epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
         if optimizer.use_ema:  # which starts at the first step's weights
             averages = [v.value for v in optimizer._model_variables_moving_average]
-            share = 1 - optimizer.ema_momentum if steps_done > 1 else 1.0
+            share = 1 - optimizer.ema_momentum if has_stepped else 1.0
             torch._foreach_lerp_(averages, tensors, share)
+        has_stepped = True
         optimizer.iterations.value.add_(1)
 
-    return update
+    return update, list_rates
+
+
+def _send(array):
+    """A NumPy array as a tensor; on its way to the GPU, if there is one, without waiting for that
+    to finish what it does."""
+    if not on_gpu():
+        return keras.ops.convert_to_tensor(array)
+    copy = torch.from_numpy(np.array(array, order="C"))  # another order would be kept, and not fit
+    return copy.pin_memory().to("cuda", non_blocking=True)
+
+
+def _capture(function):
+    """Make the work that a function gives a GPU one CUDA graph: what would cost the host hundreds
+    of starts costs it one.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+
+    Args:
+        function: of nested tensors to a tensor, that does not wait for the GPU. The first two calls
+            run as they are, since they compile; from then on shapes must stay, and what it reads
+            or writes besides its arguments must stay where it is in memory.
+    """
+    calls, graph, given, found = 0, torch.cuda.CUDAGraph(), None, None
+
+    def call(*arguments):
+        nonlocal calls, given, found
+        calls += 1
+        if calls <= 2:
+            return function(*arguments)
+        if given is None:
+            given = keras.tree.map_structure(torch.clone, arguments)
+            # Other threads, such as one that pins a DataLoader's batches, go on with theirs.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                found = function(*given)
+        keras.tree.map_structure(torch.Tensor.copy_, given, arguments)
+        graph.replay()
+        return found.clone()
+
+    return call
 
 
 # ---------------------------------------------------------------------------------------------

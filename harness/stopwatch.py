@@ -1,9 +1,11 @@
 """How far a training run is, how long its epochs take, and what energy they need."""
 
 import math
+import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 UNTOLD = ("loss", "top-5-accuracy", "top5_accuracy")  # the loss has a place of its own
 
@@ -39,6 +41,8 @@ class Stopwatch:
 
     def begin_epoch(self):
         self.synchronize()
+        if len(self.epoch_seconds) == self.resumed + 1:
+            wait_for_turn()
         self.is_open = True
         self.meter.start()
         self.started = time.perf_counter()
@@ -139,6 +143,19 @@ class Stopwatch:
             "window_seconds": sum(window["window_seconds"] for window in windows),
         }
         return timing, energy, notes
+
+
+def wait_for_turn():
+    """Before the first epoch that compiles nothing: of several runs that `compare.py
+    --start-together` began, one at a time goes on. VIT_TURN names a file that says this one waits;
+    it may go on once that is gone, or whoever would remove it is.
+    """
+    if not os.environ.get("VIT_TURN"):
+        return
+    turn, parent = Path(os.environ["VIT_TURN"]), os.getppid()
+    turn.touch()
+    while turn.exists() and os.getppid() == parent:
+        time.sleep(0.02)
 
 
 def measure_matmul(create, synchronize, device, windows=5):

@@ -147,7 +147,9 @@ def compare_conditions(before, after):
         if name in held:
             warnings.append(f"GPU throttled: {name}: {remedy}")
     others = {one["pid"]: one["name"] for one in before["other_processes"] or []}
-    if after["own_pid_known"]:
+    if os.environ.get("VIT_TURN"):  # those of compare.py --start-together, which wait
+        others = {}
+    elif after["own_pid_known"]:
         others |= {one["pid"]: one["name"] for one in after["other_processes"] or []}
     for pid, name in others.items():
         who = f"pid {pid} ({name or 'name unknown'})"

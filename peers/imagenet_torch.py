@@ -129,7 +129,9 @@ def create_forward(name, mean, variance, precision):
     mean = torch.tensor(mean, device=device).view(3, 1, 1)
     scale = torch.tensor(variance, device=device).view(3, 1, 1).rsqrt()
 
-    @torch.compile(fullgraph=True, dynamic=False)
+    mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+
+    @torch.compile(fullgraph=True, dynamic=False, mode=mode)
     def compute(pixels):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return model((pixels.permute(0, 3, 1, 2).float() - mean) * scale).float()

@@ -10,6 +10,7 @@ update is the fused AdamW kernel, and no step waits for the device.
 import math
 import sys
 import time
+import warnings
 from itertools import repeat
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # are for --precision tf32
 torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, to which training comes
 IMPORT_SECONDS = common.IMPORT_SECONDS + time.perf_counter() - _import_started
 
@@ -249,7 +251,6 @@ def score(logits, labels, smoothing=0.0):
 
 class Peer:
     backend, library = "native-torch", "torch"
-    has_stepped = False  # before that the average is of nothing
 
     def __init__(self, config):
         on_gpu = torch.cuda.is_available()
@@ -277,10 +278,13 @@ class Peer:
             betas=(0.9, self.config.beta_2),
             eps=1e-7,
             fused=True,
+            capturable=self.gpu_name is not None,
         )
         compile = torch.compile if self.config.jit_compile else lambda function, **_: function
         self.compute_loss = compile(self.compute_loss, fullgraph=True, dynamic=False)
         self.score_batch = compile(self.score_batch, fullgraph=True, dynamic=False)
+        self.sums, self.steps_done = torch.zeros(3, device=self.device), 0
+        self.graph, self.given = None, None  # a step as a CUDA graph, and what it reads
 
     def load_keras_weights(self, weights):
         self.model.load_keras_weights(weights)
@@ -305,7 +309,7 @@ class Peer:
         with torch.no_grad():
             figures = score(logits, labels, smoothing).mean(1)
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        return loss / self.order.shape[1], figures
+        return loss * (self.config.micro_batch_size / self.config.batch_size), figures
 
     def score_batch(self, images, labels):
         return score(self.forward(images.permute(0, 3, 1, 2).float()), labels).sum(1)
@@ -333,37 +337,65 @@ class Peer:
         return lambda: x @ x
 
     def steps_per_call(self, steps):
-        return 1
+        return max(n for n in range(1, 33) if steps % n == 0) if self.gpu_name else 1
 
     def begin_epoch(self, order, maps, rates):
-        self.rates = rates.tolist()
-        self.order = torch.from_numpy(order).to(self.device)
-        self.maps = None if maps is None else torch.from_numpy(maps).to(self.device)
-        self.sums = torch.zeros(3, device=self.device)
+        keys = torch.randint(2**31, (*order.shape[:2], self.config.num_dropouts), dtype=torch.int32)
+        arrays = order, maps, keys, rates
+        self.epoch = [None if a is None else torch.as_tensor(a).to(self.device) for a in arrays]
+        self.sums.zero_()
 
     def run(self, rows):
         for row in range(rows.start, rows.stop):
-            maps = repeat(None) if self.maps is None else self.maps[row]
-            for index, part_maps in zip(self.order[row], maps):
-                keys = torch.randint(2**31, (self.config.num_dropouts,), dtype=torch.int32)
-                batch = self.make_batch(index, part_maps)
-                loss, figures = self.compute_loss(*batch, keys.to(self.device))
-                loss.backward()
-                self.sums += figures
-            if self.config.clip_norm:
-                nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rates[row]
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.averages:
-                share = 1 - self.config.ema if self.has_stepped else 1.0
-                with torch.no_grad():
-                    torch._foreach_lerp_(self.averages, self.weights, share)
-            self.has_stepped = True
+            batch = [None if array is None else array[row] for array in self.epoch]
+            if not self.gpu_name or not self.config.jit_compile or self.steps_done < 2:
+                self.step(*batch)
+            elif self.graph is None:
+                self.capture(batch)
+                self.graph.replay()
+            else:
+                for kept, array in zip(self.given, batch):
+                    if kept is not None:
+                        kept.copy_(array)
+                self.graph.replay()
+            self.steps_done += 1
+
+    def capture(self, batch):
+        """Make a step one CUDA graph, which costs the host one start instead of hundreds. It reads
+        its batch in `given`."""
+        self.given = [None if array is None else array.clone() for array in batch]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step(*self.given)
+
+    def step(self, order, maps, keys, rate):
+        """Train on a batch in parts: (parts, images), (parts, images, ...), (parts, dropouts)."""
+        total = None
+        for index, part_maps, part_keys in zip(order, repeat(None) if maps is None else maps, keys):
+            batch = self.make_batch(index, part_maps)
+            loss, figures = self.compute_loss(*batch, part_keys)
+            # The fused kernel wants gradients laid out like their weights.
+            gradients = [g.contiguous() for g in torch.autograd.grad(loss, self.weights)]
+            if total is None:
+                total = gradients
+            else:
+                torch._foreach_add_(total, gradients)
+            self.sums += figures
+        for weight, gradient in zip(self.weights, total):
+            weight.grad = gradient
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averages:
+            share = 1 - self.config.ema if self.steps_done else 1.0
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, self.weights, share)
 
     def read_epoch(self):
-        return (self.sums / self.order[..., 0].numel()).tolist()
+        return (self.sums / self.epoch[0][..., 0].numel()).tolist()
 
     @torch.no_grad()
     def swap_averages(self):
