@@ -1,5 +1,6 @@
 # make demo   compare JAX and PyTorch on this machine, on built-in pictures; no account, no download
 # make bench  the same for this project, plain Keras fit and models by hand; half an hour
+# make bench-gpu   this project and models by hand on a GPU, in three precisions and a small batch
 # make test   the whole test suite, and lint
 # make test-tensorflow   the same for the optional third backend, which it installs apart
 # make test-images   build images and run them on the CPU; needs Docker and some 10 GB. More:
@@ -21,6 +22,16 @@ bench: $(STAMP)
 	  --entries jax torch native-jax native-torch jax:--trainer=fit torch:--trainer=fit \
 	  keras-io-jax keras-io-torch -- --dataset cifar100 --validation-split 0 \
 	  --train-images 512 --test-images 100 --num-epochs 2
+
+# The same on a GPU: half an hour, with all that is compiled. A small batch is bound by starts of kernels.
+bench-gpu: $(STAMP)
+	for cell in float32:256 tf32:256 bfloat16:256 bfloat16:32; do \
+	  .venv/bin/python compare.py --repeats 5 --report results/bench_gpu_$${cell%:*}_$${cell#*:} \
+	    --results-path results/bench_gpu_$${cell%:*}_$${cell#*:}.jsonl \
+	    --entries jax torch native-jax native-torch -- --dataset cifar100 --validation-split 0 \
+	    --train-images 16384 --test-images 100 --num-epochs 6 \
+	    --precision $${cell%:*} --batch-size $${cell#*:} || exit; \
+	done
 
 test: $(STAMP) .venv/tests-installed
 	.venv/bin/ruff check .
@@ -84,4 +95,4 @@ audit: $(STAMP)
 clean:
 	rm -rf .venv .venv-tensorflow .pytest_cache .ruff_cache report results.jsonl wandb
 
-.PHONY: demo bench test test-tensorflow test-images lock advisories audit clean
+.PHONY: demo bench bench-gpu test test-tensorflow test-images lock advisories audit clean

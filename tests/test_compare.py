@@ -28,6 +28,12 @@ CHILD = """
 import json, os, signal, sys, time
 sys.path.insert(0, ROOT)
 from harness.record import append_record
+from harness.stopwatch import wait_for_turn
+
+def tell(what, name):
+    with open("turns.txt", "a") as file:
+        file.write(f"{name} {what}\\n")
+
 words = [word for word in sys.argv[1:] if word != "--no-use-wandb"]
 flags = dict(zip(words[::2], words[1::2]))
 name = flags["--keras-backend"] + flags["--seed"]
@@ -51,6 +57,12 @@ try:
     time.sleep(60 if fate == "hang" else 0)
 except KeyboardInterrupt:
     pass
+if os.environ.get("VIT_TURN"):
+    tell("begins", name)
+    wait_for_turn()
+    tell("is measured", name)
+    time.sleep(60 if fate == "wait" else 0.1)
+    tell("was measured", name)
 with open("ready.json") as file:
     ready = json.load(file)[name]
 for record in ready if isinstance(ready, list) else [ready]:
@@ -656,6 +668,23 @@ def test_runs_are_interleaved_and_flags_pass(bench, capsys):
     assert shown.rstrip().endswith("accuracy: no difference shown")
 
 
+def test_runs_that_start_together_are_measured_in_turn(bench, capsys, monkeypatch):
+    monkeypatch.setenv("FATES", '{"torch2": "raise"}')
+    arguments = ("--backends", "jax", "torch", "--script", "child.py", "--repeats", 3)
+    assert run_main(*arguments, "--no-parity", "--start-together") == 1
+    told = (bench / "turns.txt").read_text().splitlines()
+    assert sorted(told[:2]) == ["jax1 begins", "torch1 begins"]
+    assert told[2:] == [
+        *("jax1 is measured", "jax1 was measured", "torch1 is measured", "torch1 was measured"),
+        *("jax2 begins", "jax2 is measured", "jax2 was measured"),
+        *sorted(told[9:11]),  # both begin; then, as ever, in the order that was not the last one's
+        *("jax3 is measured", "jax3 was measured", "torch3 is measured", "torch3 was measured"),
+    ]
+    assert "torch 2/3: error (ValueError: no luck)" in capsys.readouterr().out
+    statuses = [item["status"] for item in records.read_records(result_file(bench))[0]]
+    assert sorted(statuses) == ["error", *["ok"] * 5]
+
+
 def test_the_least_memory_is_found(bench, capsys, monkeypatch):
     ready = {f"{name}0": create_train_record(name, 0) for name in ("jax", "torch")}
     (bench / "ready.json").write_text(json.dumps(ready))
@@ -732,10 +761,10 @@ def test_a_failed_run_is_a_row_and_resume_tries_it_again(bench, monkeypatch, fat
     assert len(read_ran(bench)) == 7 and path == result_file(bench)
 
 
-def start_compare(bench, *arguments, **environment):
+def start_compare(bench, *arguments, launcher=("--launcher", "env"), **environment):
     """compare.py as a process; `--launcher env` spares it the look for installed backends"""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [sys.executable, "-W", "error", ROOT / "compare.py", "--launcher", "env"]
+    command = [sys.executable, "-W", "error", ROOT / "compare.py", *launcher]
     command += ["--script", "child.py", "--backends", "jax", "torch", "--repeats", "2", *arguments]
     environment = {**os.environ, "PATH": path, **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -762,6 +791,25 @@ def test_interruption_loses_nothing(bench, number):
         shown = process.communicate()[0]
     assert process.returncode == 0, shown
     assert [name for name, _ in read_ran(bench)[3:]] == ["torch2", "jax2"]
+
+
+def test_interruption_stops_all_that_started_together(bench):
+    arguments = ("--start-together", "--no-parity")
+    fates = '{"jax1": "wait", "torch1": "wait"}'
+    with start_compare(bench, *arguments, launcher=(), FATES=fates) as process:
+        while not (bench / "turns.txt").exists() or "measured" not in read_text(bench):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        shown = process.communicate()[0]
+    assert process.returncode == 130, shown
+    assert "interrupted after 0 runs" in shown and "Traceback" not in shown
+    assert read_text(bench).count("is measured") == 1  # the other one never had its turn
+    assert read_text(bench).count("was measured") == 0
+
+
+def read_text(bench):
+    return (bench / "turns.txt").read_text()
 
 
 def test_resume_after_a_kill_and_a_torn_line(bench):
@@ -820,6 +868,7 @@ BAD_INPUT = [
     (["--", "--results-path", "x"], "--results-path cannot stand after --"),
     (["--find-memory", "--resume"], "--find-memory trains with vit.py and prints: leave out --re"),
     (["--find-memory", "--entries", "jax", "native-jax"], "leave out native-jax"),
+    (["--start-together", "--launcher", "env"], "expected runs of vit.py without --launcher"),
     (["--launcher", "no-such-program"], "cannot start 'no-such-program'"),
     (["missing.jsonl"], "missing.jsonl: expected a file of records"),
     (write_empty, "empty file"),

@@ -206,6 +206,62 @@ def test_dropout_masks(tmp_path):
     assert scale == pytest.approx(1.25) and idle == 1.0
 
 
+def test_a_cuda_graph_gets_what_each_call_is_given(tmp_path):
+    """A stand-in graph, which reads and writes the same memory at each replay, as CUDA's does."""
+    code = """
+import contextlib, json, torch
+from unittest import mock
+from harness import engine
+recorded = []
+
+class Graph:
+    def replay(self):
+        function, given, found = recorded[0]
+        found.copy_(function(*given))
+
+@contextlib.contextmanager
+def record(graph, capture_error_mode):
+    recorded.append(None)
+    yield
+
+def step(order, draws):
+    calls.append(len(calls))
+    found = order.sum() + draws["shift"]
+    if recorded == [None]:
+        recorded[0] = (lambda order, draws: order.sum() + draws["shift"]), (order, draws), found
+    return found
+
+calls = []
+with mock.patch.multiple(torch.cuda, CUDAGraph=Graph, graph=record):
+    call = engine._capture(step)
+    found = [call(torch.full((2,), n), {"shift": torch.tensor(10 * n)}) for n in range(5)]
+print(json.dumps([[int(value) for value in found], len(calls)]))
+"""
+    found, calls = run_code(tmp_path, "torch", code)
+    assert found == [0, 12, 24, 36, 48]  # none was overwritten by a later one
+    assert calls == 3  # two that compile, and the one that is recorded
+
+
+def test_constants_of_a_trace_are_made_once_and_ranges_where_they_are_read(tmp_path):
+    code = """
+import json, torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from harness import engine
+table = torch.tensor([1.0, 2.0, 3.0])
+def step(x):
+    return (x * (table * 2).double() + torch.arange(3),)
+graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(torch.ones(3))
+rest, constants = engine._evaluate_constants(graph, [])
+names = [node.target.__name__ for node in rest.graph.nodes if node.op == "call_function"]
+constants = [*constants, torch.ones(3)]
+print(json.dumps([constants[0].tolist(), names, rest(*constants)[0].tolist()]))
+"""
+    constants, names, found = run_code(tmp_path, "torch", code)
+    assert constants == [2.0, 4.0, 6.0]
+    assert names == ["mul.Tensor", "arange.default", "add.Tensor"]
+    assert found == [2.0, 5.0, 8.0]
+
+
 def test_a_torch_older_than_standalone_compile(tmp_path):
     code = """
 import json, torch
