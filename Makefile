@@ -38,11 +38,10 @@ test: $(STAMP) .venv/tests-installed
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# The third backend, in an environment of its own: it wants other versions than are locked.
-TENSORFLOW ?= tensorflow-cpu==2.21.0
-.venv-tensorflow/installed: pyproject.toml
+# The third backend, in an environment of its own, since Keras takes TensorFlow where it finds it.
+.venv-tensorflow/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv-tensorflow
-	.venv-tensorflow/bin/python -m pip install --quiet -e ".[jax]" "$(TENSORFLOW)" pytest pytest-timeout
+	$(call install,.venv-tensorflow,jax$(comma)tensorflow-cpu$(comma)runner)
 	touch $@
 
 test-tensorflow: .venv-tensorflow/installed
@@ -54,24 +53,25 @@ test-images: $(STAMP) .venv/tests-installed
 	  .venv/bin/python -m pytest tests/test_images.py --timeout 3600 -rs
 
 # By their hashes, but for PyTorch, whose builds come from different places (see the README).
+# Of a folder and extras.
 define install
-	.venv/bin/python harness/requirements.py --lock=requirements.lock dependencies \
-	  $(subst $(comma), ,$(1)) <pyproject.toml >.venv/locked.txt
-	.venv/bin/python -m pip install --quiet --require-hashes -r .venv/locked.txt
-	.venv/bin/python -m pip install --quiet --upgrade-strategy only-if-needed -e ".[$(1)]"
+	$(1)/bin/python harness/requirements.py --lock=requirements.lock dependencies \
+	  $(subst $(comma), ,$(2)) <pyproject.toml >$(1)/locked.txt
+	$(1)/bin/python -m pip install --quiet --require-hashes -r $(1)/locked.txt
+	$(1)/bin/python -m pip install --quiet --upgrade-strategy only-if-needed -e ".[$(2)]"
 endef
 
 $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(call install,$(EXTRAS))
+	$(call install,.venv,$(EXTRAS))
 	touch $@
 
 .venv/tests-installed: $(STAMP)
-	$(call install,$(EXTRAS)$(comma)test)
+	$(call install,.venv,$(EXTRAS)$(comma)test)
 	touch $@
 
 # After a change of pyproject.toml: all versions and hashes anew, for every platform.
-LOCKED = jax cuda12 sweep weights export test
+LOCKED = jax cuda12 tensorflow tensorflow-cpu tensorflow-cuda12 sweep weights export test
 lock: $(STAMP)
 	.venv/bin/python -m pip install --quiet uv==0.13.9
 	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile pyproject.toml --quiet --universal \

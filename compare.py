@@ -1260,6 +1260,8 @@ def write_report(report, folder):
     for form in ("html", "md"):
         template = environment.get_template(f"compare_report.{form}.j2")
         text = template.render(report=report, pictures=pictures, show=show, dig=dig)
+        if form == "md":  # it has no tags with attributes, where alone quotes could do harm
+            text = text.replace("&#39;", "'").replace("&#34;", '"')
         (folder / f"report.{form}").write_text(text, encoding="utf-8")
 
 

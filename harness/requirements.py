@@ -14,7 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-NOT_LOCKED = {"torch", "tensorflow"}
+NOT_LOCKED = {"torch"}
 
 
 def list_requirements(project, groups):
@@ -37,14 +37,14 @@ def list_locked(project, groups, lock):
         else:
             wanted.add(name_package(requirement))
     blocks = re.findall(r"^[a-z0-9].*\n(?: .*\n)*", lock, re.M)
-    size = None
+    has_cuda, size = any(group.endswith("cuda12") for group in groups), None
     while size != len(found):
         size = len(found)
         for block in blocks:
             name, wanting = name_package(block), set(re.findall(r"# +(?:via )?(\S+)", block))
-            # JAX wants these only with its extra.
-            is_cuda = name.startswith("jax-cuda12") and "cuda12" not in groups
-            if name in wanted or wanting & wanted and not is_cuda:
+            # JAX and TensorFlow want these only with their extras.
+            is_spared = name.startswith(("jax-cuda12", "nvidia-")) and not has_cuda
+            if name in wanted or wanting & wanted and not is_spared:
                 wanted.add(name)
                 found[block] = None
     missing = wanted - {name_package(block) for block in found} - NOT_LOCKED

@@ -19,6 +19,7 @@ from harness import requirements
 DOCKERFILES = sorted(ROOT.glob("Dockerfile.*"))
 SECRET = "key-that-must-not-travel"
 SOMEBODY = os.getuid() or 12345  # root's files would prove nothing
+FRAMEWORKS = ("jax", "cuda12", "tensorflow", "tensorflow-cpu", "tensorflow-cuda12")
 BACKENDS = {"jax": "jax", "pytorch": "torch", "tensorflow": "tensorflow"}
 IMAGES = os.environ.get("IMAGES", "").split()
 needs_docker = pytest.mark.skipif(not IMAGES, reason="builds images: make test-images")
@@ -65,7 +66,7 @@ def test_images_differ_in_what_they_must(dockerfile):
     assert not [name for name in different if not name.startswith(tuple(allowed))]
     assert own["KERAS_BACKEND"] == BACKENDS[framework] and own["VIT_EXPECT_GPU"] == "1"
     assert own.get("PIP_INDEX_URL") == {"ook": None, "ojo": ""}[device]
-    is_locked = device == "ook" and framework != "tensorflow"  # a Jetson's base has much of its own
+    is_locked = device == "ook"  # a Jetson's base has much of its own
     lock = "--lock=/build/requirements.lock " if is_locked else ""
     assert f"requirements.py {lock}dependencies sweep" in dockerfile.read_text()
     assert is_locked == ("--require-hashes -r /build/pins.txt" in dockerfile.read_text())
@@ -88,7 +89,7 @@ def test_what_is_locked_is_what_is_pinned():
     pins = [re.sub(r"\[.*\]", "", each) for each in pins if "==" in each and "torch" not in each]
     assert len(pins) > 20 and not [pin for pin in pins if f"\n{pin} " not in f"\n{lock.lower()}"]
     names = {}
-    for groups in (["dependencies"], ["dependencies", "jax"], ["dependencies", "cuda12"]):
+    for groups in (["dependencies"], *(["dependencies", framework] for framework in FRAMEWORKS)):
         blocks = requirements.list_locked(project, groups, lock)
         assert all("--hash=sha256:" in block for block in blocks)
         names[groups[-1]] = {requirements.name_package(block) for block in blocks}
@@ -96,6 +97,9 @@ def test_what_is_locked_is_what_is_pinned():
     assert names["dependencies"] < names["jax"] < names["cuda12"]
     more = names["cuda12"] - names["jax"]
     assert "jax-cuda12-pjrt" in more and all(re.match("jax-cuda12-|nvidia-", name) for name in more)
+    assert names["tensorflow"] - names["tensorflow-cpu"] == {"tensorflow"}
+    more = names["tensorflow-cuda12"] - names["tensorflow"]
+    assert more and all(name.startswith("nvidia-") for name in more)
     with pytest.raises(SystemExit, match="not in the lock file: jinja2, keras, .*: make lock"):
         requirements.list_locked(project, ["dependencies"], "")
 
