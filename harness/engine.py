@@ -559,7 +559,9 @@ def _compile_torch(function, *arguments, freeze=False):
     else:  # before 2.8, such as a Jetson's
         compiled = torch._inductor.compile(graph, leaves)
     _return_memory()
-    return lambda *arguments: compiled(*constants, *tree_leaves(arguments)[len(known) :])
+    if freeze:  # and not the known ones looked through in each call
+        return lambda *arguments: compiled(*constants, arguments[-1])
+    return lambda *arguments: compiled(*constants, *tree_leaves(arguments))
 
 
 @contextlib.contextmanager
@@ -609,8 +611,8 @@ def _compiling_faster():
 def _evaluate_constants(graph, known):
     """Split a traced graph into what depends on its first inputs alone and the rest.
 
-    On a CPU the kernels of convolutions are put in the order that oneDNN multiplies them in, which
-    it would otherwise do in each call: a quarter of ResNet-50's time for one picture.
+    On a CPU kernels are put in the order that oneDNN multiplies them in, which it would otherwise
+    do in each call: a quarter of ResNet-50's time for one picture.
 
     Args:
         graph: torch.fx.GraphModule of ATen operations that change none of their inputs.
@@ -651,9 +653,7 @@ def _evaluate_constants(graph, known):
             values[node] = values[node].contiguous(memory_format=form)
     for node in unknown:
         if node in packed:
-            copies[node] = rest.call_function(
-                torch.ops.vit.convolve_packed.default, _pack(node, values, copies)
-            )
+            copies[node] = rest.call_function(*_pack(node, values, copies))
         else:
             copies[node] = rest.node_copy(node, copies.__getitem__)
             if node.target is torch.ops.aten.view.default:
@@ -663,34 +663,46 @@ def _evaluate_constants(graph, known):
 
 
 def _can_pack(node, values):
-    """Whether a node of a traced graph is a convolution of pictures by a known kernel on a CPU."""
-    if node.target is not torch.ops.aten.convolution.default or node.args[1] not in values:
+    """Whether a node of a traced graph is a product, or a convolution of pictures, by a known
+    kernel on a CPU."""
+    convolution, *products = (
+        torch.ops.aten.convolution.default,
+        torch.ops.aten.mm.default,
+        torch.ops.aten.bmm.default,
+    )
+    if node.target not in (convolution, *products) or node.args[1] not in values:
         return False
-    kernel, is_transposed = values[node.args[1]], node.args[6]
-    if kernel.dim() != 4 or is_transposed or kernel.device.type != "cpu":
-        return False
+    kernel = values[node.args[1]]
+    if node.target is convolution:
+        fits = kernel.dim() == 4 and not node.args[6]  # which says that it is transposed
+    else:  # one large enough to be worth a call from Python
+        rows = math.prod(node.args[0].meta["val"].shape[:-1])
+        fits = (kernel.dim() == 2 or len(kernel) == 1) and rows * kernel.numel() >= PACKED_PRODUCT
     dtypes = [torch.float32] if torch.backends.mkldnn.is_available() else []
     if dtypes and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         dtypes.append(torch.bfloat16)
-    return kernel.dtype in dtypes
+    return fits and kernel.device.type == "cpu" and kernel.dtype in dtypes
 
 
 def _pack(node, values, copies):
-    """The arguments of `convolve_packed` for a convolution of a traced graph."""
-    x, kernel, bias, stride, padding, dilation, _, _, groups = node.args
-    _PACKED.append(
-        torch.ops.mkldnn._reorder_convolution_weight(
-            values[kernel].contiguous(memory_format=torch.channels_last),
-            padding,
-            stride,
-            dilation,
-            groups,
-            list(x.meta["val"].shape),
-        )
-    )
-    size, place = list(node.meta["val"].shape), len(_PACKED) - 1
-    return (copies[x], place, copies.get(bias), size, stride, padding, dilation, groups)
+    """Put the kernel of a node in order: a custom operation, and what it is to be given."""
+    x, kernel, *others = node.args
+    shape, kernel = list(x.meta["val"].shape), values[kernel]
+    place, size = len(_PACKED), list(node.meta["val"].shape)
+    if node.target is not torch.ops.aten.convolution.default:
+        kernel = kernel.reshape(kernel.shape[-2:]).t().contiguous()
+        rows = math.prod(shape[:-1])
+        _PACKED.append(torch.ops.mkldnn._reorder_linear_weight(kernel, rows))
+        return torch.ops.vit.multiply_packed.default, (copies[x], place, size)
+    bias, stride, padding, dilation, _, _, groups = others
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
+    given = padding, stride, dilation, groups, shape
+    _PACKED.append(torch.ops.mkldnn._reorder_convolution_weight(kernel, *given))
+    given = copies[x], place, copies.get(bias), size, stride, padding, dilation, groups
+    return torch.ops.vit.convolve_packed.default, given
 
+
+PACKED_PRODUCT = 20_000_000  # multiply-accumulates, half a millisecond
 
 # Kernels in oneDNN's order. A compiled graph names them by their place here: a tensor without
 # strides can be none of its inputs, and as a constant keeps it from inductor's cache.
@@ -702,6 +714,7 @@ if BACKEND == "torch":
         "(Tensor x, int place, Tensor? bias, int[] size, int[] stride, int[] padding,"
         " int[] dilation, int groups) -> Tensor",
     )
+    torch.library.define("vit::multiply_packed", "(Tensor x, int place, int[] size) -> Tensor")
 
     @torch.library.impl("vit::convolve_packed", "CPU")
     def _convolve_packed(x, place, bias, size, stride, padding, dilation, groups):
@@ -709,9 +722,18 @@ if BACKEND == "torch":
             x, _PACKED[place], bias, padding, stride, dilation, groups, "none", [], ""
         )
 
+    @torch.library.impl("vit::multiply_packed", "CPU")
+    def _multiply_packed(x, place, size):
+        x = x.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(x, _PACKED[place], None, "none", [], "")
+
     @torch.library.register_fake("vit::convolve_packed")
     def _(x, place, bias, size, stride, padding, dilation, groups):
         return x.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+    @torch.library.register_fake("vit::multiply_packed")
+    def _(x, place, size):
+        return x.new_empty(size)
 
 
 def _return_memory():
