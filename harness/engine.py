@@ -161,14 +161,17 @@ def device_peak_bytes():
 
 
 def steps_per_call(steps):
-    """How many of an epoch's `steps` go to the device at once, without a remainder.
+    """How many of an epoch's `steps` go to the device at once; the last ones may be fewer.
 
     On a GPU a call costs the host about as much as a small step costs the device, so JAX scans
-    over up to 32, and PyTorch starts as many without waiting. On a CPU a step is long and the user
-    wants to see and to stop each one.
+    over up to 32, of which there must be no remainder, to be compiled for itself, and PyTorch
+    starts as many without waiting. On a CPU a step is long and the user wants to see and to stop
+    each one.
     """
     if BACKEND == "tensorflow" or not on_gpu():
         return 1
+    if BACKEND == "torch":
+        return 32
     return max(n for n in range(1, 33) if steps % n == 0)
 
 
