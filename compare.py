@@ -356,9 +356,14 @@ def measure_together(runs, path, config):
             while not all(one.done() or turn.exists() for one, turn in zip(begun, turns)):
                 time.sleep(0.05)
             for one, turn in zip(begun, turns):
+                if not turn.exists() and one.result()[0]["status"] == "ok":
+                    raise BadInput(
+                        "--start-together: expected --num-epochs 2 or more, got a run that did not "
+                        f"wait for its turn; its speed in {path} is wrong"
+                    )
                 turn.unlink(missing_ok=True)
                 yield one.result()
-        except (KeyboardInterrupt, GeneratorExit):
+        except BaseException:  # whatever it is, nobody would tell the others to go on
             for child in list(CHILDREN):
                 stop_child(child)
             raise

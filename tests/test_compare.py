@@ -57,7 +57,7 @@ try:
     time.sleep(60 if fate == "hang" else 0)
 except KeyboardInterrupt:
     pass
-if os.environ.get("VIT_TURN"):
+if os.environ.get("VIT_TURN") and fate != "impatient":
     tell("begins", name)
     wait_for_turn()
     tell("is measured", name)
@@ -683,6 +683,14 @@ def test_runs_that_start_together_are_measured_in_turn(bench, capsys, monkeypatc
     assert "torch 2/3: error (ValueError: no luck)" in capsys.readouterr().out
     statuses = [item["status"] for item in records.read_records(result_file(bench))[0]]
     assert sorted(statuses) == ["error", *["ok"] * 5]
+
+
+def test_a_run_that_does_not_wait_ends_them_all(bench, capsys, monkeypatch):
+    monkeypatch.setenv("FATES", '{"jax1": "impatient"}')
+    arguments = ("--backends", "jax", "torch", "--script", "child.py", "--no-parity")
+    assert run_main(*arguments, "--start-together") == 2
+    assert "expected --num-epochs 2 or more" in capsys.readouterr().err
+    assert (bench / "turns.txt").read_text() == "torch1 begins\n"
 
 
 def test_the_least_memory_is_found(bench, capsys, monkeypatch):
