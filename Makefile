@@ -23,7 +23,7 @@ bench: $(STAMP)
 	  keras-io-jax keras-io-torch -- --dataset cifar100 --validation-split 0 \
 	  --train-images 512 --test-images 100 --num-epochs 2
 
-# The same on a GPU: half an hour, with all that is compiled. A small batch is bound by starts of kernels.
+# The same on a GPU, in each precision; a small batch is bound by starts of kernels.
 bench-gpu: $(STAMP)
 	for cell in float32:256 tf32:256 bfloat16:256 bfloat16:32; do \
 	  .venv/bin/python compare.py --repeats 5 --report results/bench_gpu_$${cell%:*}_$${cell#*:} \
@@ -52,8 +52,8 @@ test-images: $(STAMP) .venv/tests-installed
 	IMAGES="$(IMAGES)" BUILD_ARGS="$(BUILD_ARGS)" GPU="$(GPU)" \
 	  .venv/bin/python -m pytest tests/test_images.py --timeout 3600 -rs
 
-# By their hashes, but for PyTorch, whose builds come from different places (see the README).
-# Of a folder and extras.
+# Extras (2) into an environment (1), by their hashes, but for PyTorch, whose builds come from
+# different places (see the README).
 define install
 	$(1)/bin/python harness/requirements.py --lock=requirements.lock dependencies \
 	  $(subst $(comma), ,$(2)) <pyproject.toml >$(1)/locked.txt

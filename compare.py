@@ -369,20 +369,13 @@ def measure_together(runs, path, config):
             raise
 
 
-def measure_in_turn(runs, path, config):
-    """Yields what `measure_run` gives, of each run"""
-    for index, run in enumerate(runs):
-        time.sleep(config.cool_down if index else 0)
-        yield measure_run(run, path, config.verbose)
-
-
 def measure(plan, path, config, console):
     """Runs what is not done yet, one line a run; returns whether it came to the end"""
     done = find_done(load(path, new=True)[0])
     todo = [run for run in plan if run["id"] not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(todo)} runs of {len(plan)} to do, into {path}")
-    results = measure_in_turn(todo, path, config)
+    results = (measure_run(run, path, config.verbose) for run in todo)
     if config.start_together:
         repeats = itertools.groupby(todo, operator.itemgetter("repeat"))
         results = itertools.chain.from_iterable(
@@ -391,6 +384,7 @@ def measure(plan, path, config, console):
     durations = collections.defaultdict(list)
     for index, run in enumerate(todo):
         try:
+            time.sleep(config.cool_down if index else 0)
             start = time.perf_counter()
             record, interrupted = next(results)
         except KeyboardInterrupt:
@@ -401,6 +395,7 @@ def measure(plan, path, config, console):
         durations[run["label"]].append(time.perf_counter() - start)
         mean = np.mean([seconds for several in durations.values() for seconds in several])
         left = sum(np.mean(durations.get(later["label"], mean)) for later in todo[index + 1 :])
+        left += config.cool_down * (len(todo) - index - 1)
         name = "images_per_second" if record["kind"] == "latency" else "train_images_per_second"
         speed = show(dig(record, f"timing.{name}"))
         outcome = f"{speed} images/s" if record["status"] == "ok" else record["status"]

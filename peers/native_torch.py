@@ -337,7 +337,7 @@ class Peer:
         return lambda: x @ x
 
     def steps_per_call(self, steps):
-        return max(n for n in range(1, 33) if steps % n == 0) if self.gpu_name else 1
+        return 1  # no call waits for the one before
 
     def begin_epoch(self, order, maps, rates):
         keys = torch.randint(2**31, (*order.shape[:2], self.config.num_dropouts), dtype=torch.int32)
