@@ -257,6 +257,14 @@ def list_variables(model):
     ]
 
 
+def read(variable):
+    """A variable as a NumPy array; on a CPU without a copy, which Keras makes of JAX's arrays."""
+    value = variable.value
+    if keras.backend.backend() == "jax":
+        return np.asarray(value)
+    return keras.ops.convert_to_numpy(value)
+
+
 def restore(model, state, fingerprint):
     """Set a built model's variables, and return the state's facts. Raises StateError.
 
@@ -300,7 +308,7 @@ class KeepState(keras.callbacks.Callback):
             "best": self.files.best,
             "wandb_id": self.files.wandb_id,
         }
-        arrays = [keras.ops.convert_to_numpy(v.value) for v in list_variables(self.model)]
+        arrays = [read(v) for v in list_variables(self.model)]
         newest, before = (self.files.folder / name for name in STATES)
         write = partial(write_state, State(facts, arrays))
         self.files.save("the state, for --resume", write, newest, self.model, before)

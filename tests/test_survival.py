@@ -144,6 +144,20 @@ print(json.dumps([
     assert ours == {"name": "a", "epochs": 2} and theirs is None
 
 
+def test_a_state_takes_no_memory_of_its_own(tmp_path, backend):
+    code = """
+import json
+import keras
+from harness import state
+
+variable = keras.Variable([1.0, 2.0, 3.0])
+arrays = [state.read(variable) for _ in range(2)]
+print(json.dumps([arrays[0].tolist(), *(array.ctypes.data for array in arrays)]))
+"""
+    values, *places = run_code(tmp_path, backend, code)
+    assert values == [1, 2, 3] and places[0] == places[1]
+
+
 def test_without_resume_a_stopped_run_is_named_and_left_alone(tmp_path):
     left = kill_after(tmp_path, 2)
     done = run_vit(tmp_path, *LONG)
