@@ -667,7 +667,6 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
     callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
     callbacks.on_train_begin()
     for epoch in range(done, config.num_epochs):
-        model.reset_metrics()
         order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
         order = order[: steps * config.batch_size].reshape(steps, -1, config.micro_batch_size)
         draws = {
@@ -698,6 +697,7 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
         training.sync()
         progress.show(epoch, steps, running)
         logs = {name: float(value) for name, value in model.get_metrics_result().items()}
+        model.reset_metrics()
         callbacks.on_test_begin()
         if len(dataset.x_validation):
             results = evaluate(dataset.x_validation, dataset.y_validation)

@@ -258,11 +258,9 @@ def list_variables(model):
 
 
 def read(variable):
-    """A variable as a NumPy array; on a CPU without a copy, which Keras makes of JAX's arrays."""
+    """A variable as a NumPy array; on a CPU without the copy that Keras would make."""
     value = variable.value
-    if keras.backend.backend() == "jax":
-        return np.asarray(value)
-    return keras.ops.convert_to_numpy(value)
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
 def restore(model, state, fingerprint):

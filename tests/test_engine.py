@@ -149,14 +149,15 @@ model = create(layers=[keras.layers.Dense(16, "gelu"), Dropout(0.1)])
 draw, apply = augment.create_augmentation(config, 200, 32, [127] * 3)
 draws = {name: drawn.reshape(10, 20, *drawn.shape[1:]) for name, drawn in draw(0).items()}
 _, training = train(model, order, apply, draws)
+model.reset_metrics()
 first, sizes = count(), []
 for epoch in range(1, 50):
-    model.reset_metrics()
     for row in range(0, 10):
         rows = slice(row, row + 1)
         drawn = {name: split(every[rows]) for name, every in draws.items()}
         training.run(split(order[rows]), drawn)
     training.sync()
+    model.reset_metrics()
     sizes.append(telemetry.host_rss_bytes())
 print(json.dumps([first, count(), max(sizes[-10:]) - max(sizes[5:15])]))
 """
