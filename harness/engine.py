@@ -233,12 +233,20 @@ def compile_forward(model, is_frozen=False):
         return [[v.value for v in group] for group in groups]
 
     read = partial(lambda weights: weights, read_weights()) if is_frozen else read_weights
-    if BACKEND == "jax":
-        forward = jax.jit(lambda *state_and_x: model.stateless_call(*state_and_x)[0])
-        return lambda x: forward(*read(), x)
     if BACKEND == "tensorflow":
         return _compile_tensorflow(partial(model, training=False))
     compiled = {}
+    if BACKEND == "jax":
+        infer = jax.jit(lambda *state_and_x: model.stateless_call(*state_and_x)[0])
+
+        def call(x):
+            kind = x.shape, x.dtype
+            if kind not in compiled:
+                compiled[kind] = infer.lower(*read(), x).compile()
+                _drop_garbage()
+            return compiled[kind](*read(), x)
+
+        return call
 
     @torch.no_grad()
     def forward(x):

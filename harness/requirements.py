@@ -2,11 +2,12 @@
 
     python requirements.py dependencies sweep <pyproject.toml
     python requirements.py --lock=requirements.lock dependencies sweep <pyproject.toml
+    python requirements.py --lock=requirements.lock --without=base.txt dependencies <pyproject.toml
 
 Groups are `dependencies` or an extra's name. With a lock file (see `make lock`) all that they need
 is printed with its hashes, for `pip install --require-hashes`; but PyTorch, whose builds for
-different devices have one version and come from different places. Exit code 1 for a group that is
-not there.
+different devices have one version and come from different places, and the packages that a file,
+as `pip list --format=freeze` prints it, names. Exit code 1 for a group that is not there.
 """
 
 import re
@@ -26,9 +27,9 @@ def list_requirements(project, groups):
     return [requirement for group in groups for requirement in known[group]]
 
 
-def list_locked(project, groups, lock):
+def list_locked(project, groups, lock, without=()):
     """The blocks of a lock file, its text as uv writes it, that groups need: each names the
-    packages that want it after "via"."""
+    packages that want it after "via". What is needed `without` those is not among them."""
     own, wanted, found = project["name"], set(), {}
     for requirement in list_requirements(project, groups):
         if requirement.startswith(f"{own}["):  # some of its own groups
@@ -37,6 +38,7 @@ def list_locked(project, groups, lock):
         else:
             wanted.add(name_package(requirement))
     blocks = re.findall(r"^[a-z0-9].*\n(?: .*\n)*", lock, re.M)
+    blocks = [block for block in blocks if name_package(block) not in without]
     has_cuda, size = any(group.endswith("cuda12") for group in groups), None
     while size != len(found):
         size = len(found)
@@ -47,7 +49,7 @@ def list_locked(project, groups, lock):
             if name in wanted or wanting & wanted and not is_spared:
                 wanted.add(name)
                 found[block] = None
-    missing = wanted - {name_package(block) for block in found} - NOT_LOCKED
+    missing = wanted - {name_package(block) for block in found} - {*NOT_LOCKED, *without}
     if missing:
         sys.exit(f"requirements.py: not in the lock file: {', '.join(sorted(missing))}: make lock")
     return list(found)
@@ -58,10 +60,12 @@ def name_package(requirement):
 
 
 if __name__ == "__main__":
-    locks = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--lock=")]
+    files = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
     asked = [word for word in sys.argv[1:] if not word.startswith("--")]
     table = tomllib.load(sys.stdin.buffer)["project"]
-    if locks:
-        print(*list_locked(table, asked, Path(locks[0]).read_text()), sep="")
+    texts = {name: Path(path).read_text() for name, path in files.items()}
+    if "lock" in texts:
+        without = {name_package(line) for line in texts.get("without", "").splitlines()}
+        print(*list_locked(table, asked, texts["lock"], without), sep="")
     else:
         print(*list_requirements(table, asked), sep="\n")
