@@ -10,6 +10,7 @@ different devices have one version and come from different places, and the packa
 as `pip list --format=freeze` prints it, names. Exit code 1 for a group that is not there.
 """
 
+import argparse
 import re
 import sys
 import tomllib
@@ -60,12 +61,15 @@ def name_package(requirement):
 
 
 if __name__ == "__main__":
-    files = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
-    asked = [word for word in sys.argv[1:] if not word.startswith("--")]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lock", type=Path)
+    parser.add_argument("--without", type=Path)
+    parser.add_argument("groups", nargs="+")
+    asked = parser.parse_args()
     table = tomllib.load(sys.stdin.buffer)["project"]
-    texts = {name: Path(path).read_text() for name, path in files.items()}
-    if "lock" in texts:
-        without = {name_package(line) for line in texts.get("without", "").splitlines()}
-        print(*list_locked(table, asked, texts["lock"], without), sep="")
+    if asked.lock:
+        base = asked.without.read_text() if asked.without else ""
+        without = {name_package(line) for line in base.splitlines()}
+        print(*list_locked(table, asked.groups, asked.lock.read_text(), without), sep="")
     else:
-        print(*list_requirements(table, asked), sep="\n")
+        print(*list_requirements(table, asked.groups), sep="\n")
