@@ -28,7 +28,8 @@ differences, in points), which may differ a little from the ratio of the medians
                     in 92 to 94 % for n = 8 to 12
 
 "No difference shown" says that the interval holds 1 (accuracy: 0), not that there is none.
-Exit status: 0 every run ok, 1 some run failed, 2 bad input, 130 interrupted.
+Exit status: 0 every run ok, 1 some run failed or a file could not be written, 2 bad input, 130
+interrupted.
 """
 
 import base64
@@ -139,6 +140,8 @@ def parse_entry(text, config):
         flags = shlex.split(rest)
     except ValueError as error:
         raise BadInput(f"entry {text!r}: {error}; quote the flags as in a shell") from error
+    if "~" in rest:  # which in a record's id begins a batch size
+        raise BadInput(f"entry {text!r}: expected flags without ~; write a path in full")
     if rest and not rest.startswith("--"):
         raise BadInput(f"entry {text!r}: expected flags after the colon, as in {name}:--flag=value")
     if fixed := list_flags(flags) & {"dataset", "results-path", "keras-backend"}:
@@ -191,7 +194,7 @@ def create_plan(entries, config, work, path, comparison):
             program = None if is_served else program
             start = [sys.executable, str(find_program(program or config.script))]
             if config.launcher:  # a container has its own environment: `env` hands the id over
-                start = [os.path.expandvars(word) for word in shlex.split(config.launcher)]
+                start = [os.path.expandvars(word) for word in split_launcher(config.launcher)]
                 start = [word.replace("{image}", image) for word in start]
                 start += ["env", f"VIT_RECORD_ID={record_id}", "python", program or config.script]
             given = list_flags([*work, *entry["flags"]])
@@ -208,6 +211,22 @@ def create_plan(entries, config, work, path, comparison):
                 {**entry, "repeat": repeat, "id": record_id, "kind": kind, "command": command}
             )
     return plan
+
+
+def split_launcher(text):
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise BadInput(f"--launcher {text!r}: {error}; quote it as in a shell") from error
+
+
+def make_folder(path, flag):
+    """Before anything is measured; raises BadInput"""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"{flag}: cannot make the folder {path}: {error.strerror}; name another"
+        raise BadInput(text) from error
 
 
 def serves(config):
@@ -252,9 +271,13 @@ def load(path, new=False):
     return found, problems
 
 
+GRACE = 10  # seconds
+
+
 def stop_child(child):
-    """Ctrl-C for the child and what it started; ten seconds to write its record, then the end"""
-    for number, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
+    """Ctrl-C for the child and what it started; time to write its record, then the end"""
+    STOPPED.add(child)
+    for number, seconds in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
         try:
             os.killpg(child.pid, number)
             return child.wait(seconds)
@@ -264,7 +287,7 @@ def stop_child(child):
             continue
 
 
-CHILDREN = set()  # that run now
+CHILDREN, STOPPED = set(), set()  # that run now; that were told to end
 
 
 def run_child(command, record_id, verbose, turn=None):
@@ -292,20 +315,18 @@ def run_child(command, record_id, verbose, turn=None):
                 if verbose:
                     sys.stderr.write(line)
 
-    interrupted = False
     CHILDREN.add(child)
     reader = threading.Thread(target=drain, daemon=True)
     try:
         reader.start()
         child.wait()
     except KeyboardInterrupt:
-        interrupted = True
         stop_child(child)
     CHILDREN.discard(child)
     reader.join(2)  # not for ever: a grandchild may keep the pipe open
     spoken = [line for line in lines if line]
     errors = [line for line in spoken if re.search("error|unrecognized", line, re.I)]
-    return child.returncode, (errors or spoken or [""])[-1], interrupted
+    return child.returncode, (errors or spoken or [""])[-1], child in STOPPED
 
 
 def measure_run(run, path, verbose, turn=None):
@@ -373,7 +394,6 @@ def measure(plan, path, config, console):
     """Runs what is not done yet, one line a run; returns whether it came to the end"""
     done = find_done(load(path, new=True)[0])
     todo = [run for run in plan if run["id"] not in done]
-    path.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(todo)} runs of {len(plan)} to do, into {path}")
     results = (measure_run(run, path, config.verbose) for run in todo)
     if config.start_together:
@@ -424,7 +444,8 @@ def check_parity(entries, config, work, path, comparison, console):
     names = {entry["name"] for entry in entries}
     backends = [name for name in ("jax", "torch", "tensorflow") if name in names]
     record_id = f"{comparison}-parity"
-    is_done = any(item["id"] == record_id for item in load(path, new=True)[0])
+    known = [item for item in load(path, new=True)[0] if item["id"] == record_id]
+    is_done = any(item["status"] == "ok" for item in known)
     is_known = config.script == "vit.py" or serves(config)
     if not config.parity or not is_known or len(backends) < 2 or is_done:
         return
@@ -633,7 +654,8 @@ def get_metric(record, key, target=None):
 
 # ---- From records to entries ---------------------------------------------------------------------
 
-NOT_WORK = re.compile(r"(^|_)(seed|wandb|path|dir|node|backend|run|project|entity|verbose)(_|$)")
+NOT_WORK = "seed|wandb|path|dir|node|backend|run|project|entity|verbose"  # but drop_path is
+NOT_WORK = re.compile(rf"(?!drop_path$)(.*_)?({NOT_WORK})(_|$)")
 NOT_SERVED = {"batch_size", "batch_sizes", "data_format", "native", "list_models"}
 NOT_SERVED |= {"runtime", "rows"}
 
@@ -655,13 +677,15 @@ def group_records(found):
     if len(datasets) > 1:
         names = " and ".join(datasets)
         raise BadInput(f"expected one dataset, got {names}; report on one at a time")
-    rows, known = [], {}  # a run that died early has its siblings' configuration and node
+    # A run that died early has its siblings' configuration. A comparison ran on one machine,
+    # though a container may have a name of its own each time.
+    rows, known = [], {}
     for item in sorted(found, key=lambda item: item["started"]):
         name = parse_id(item["id"]) or ("", 0, item["backend"] or "unknown")
         if name[0] and item["config"].get("runtime", "compiled") != "compiled":
             mark = " " if ":" in name[2] else ":"
             name = (*name[:2], f"{name[2]}{mark}--export={item['config']['runtime']}")
-        config = {k: v for k, v in item["config"].items() if not NOT_WORK.search(k)}
+        config = {k: v for k, v in item["config"].items() if not NOT_WORK.match(k)}
         config = {k: v for k, v in config.items() if kind == "train" or k not in NOT_SERVED}
         work = tuple(sorted((key, json.dumps(value)) for key, value in config.items()))
         node = str(dig(item, "device.node_name") or dig(item, "config.node_name") or "")
@@ -670,7 +694,8 @@ def group_records(found):
             known[key] = known.get(key) or value
     groups = {}
     for item, (comparison, repeat, label), work, node in rows:
-        work, node = work or known[comparison, label], node or known[comparison] or ""
+        work = work or known[comparison, label]
+        node = known[comparison] if comparison or not node else node
         runs = groups.setdefault((label, node, work), {})
         if kind == "latency":
             merge_batch(runs, comparison, repeat, item)
@@ -701,9 +726,15 @@ def merge_batch(runs, comparison, repeat, item):
     size = item["config"].get("batch_size")
     repeat = repeat or 1 + sum(size in run["batches"] for run in runs.values())
     run = runs.setdefault((comparison, repeat), item | {"batches": {}})
+    run["batches"].pop(None, None)  # it died before its first batch, and was run again
     run["batches"][size] = item
     if item["status"] == "ok" and run["status"] != "ok":
         run |= {key: item[key] for key in ("status", "error", "model", "precision", "device")}
+
+
+def list_parts(run):
+    """The records of a run: one, or one a batch size"""
+    return list(run["batches"].values()) if "batches" in run else [run]
 
 
 def match_pairs(entry, reference):
@@ -737,7 +768,7 @@ def check_fairness(entries, reference, is_served):
     entries = [entry for entry in entries if entry["ok"]]
     config = {key for entry in entries for item in entry["ok"].values() for key in item["config"]}
     config -= {"precision", *NOT_SERVED} if is_served else {"precision"}
-    config = {f"config.{key}" for key in config if not NOT_WORK.search(key)}
+    config = {f"config.{key}" for key in config if not NOT_WORK.match(key)}
     optional = OPTIONAL | config - set(fields)
     common = set.intersection(*(set(entry["ok"]) for entry in entries)) if entries else ()
     for dotted in [*fields, *sorted(config - set(fields))]:
@@ -749,7 +780,7 @@ def check_fairness(entries, reference, is_served):
             else:
                 values = [dig(item, dotted) for item in entry["ok"].values()]
                 values = {json.dumps(v) if isinstance(v, list | dict) else v for v in values}
-            for value in values:
+            for value in sorted(values, key=str):
                 holders[value].append(entry)
         unknown = holders.pop(None, [])
         if unknown and dotted not in optional:
@@ -779,15 +810,23 @@ def check_fairness(entries, reference, is_served):
 
 
 def collect_notes(entries):
-    """The warnings in the records' notes (not the reasons of nulls), once each with a count"""
-    items = [item for entry in entries for item in entry["runs"].values()]
-    counts = collections.Counter()
+    """The warnings in the records' notes (not the reasons of nulls), once each with a count, also
+    where other numbers stand in them"""
+    items = [
+        part for entry in entries for run in entry["runs"].values() for part in list_parts(run)
+    ]
+    texts = collections.defaultdict(list)
     for item in items:
-        fields = {note: note.partition(":")[0] for note in item["notes"]}
-        for note, field in fields.items():
-            if ":" not in note or field.split(".")[0] not in KEYS:
-                counts[note] += 1
-    return [f"{note} ({count} of {len(items)} runs)" for note, count in counts.items()]
+        for note in dict.fromkeys(item["notes"]):
+            field, colon, _ = note.partition(":")
+            is_field = colon and field.partition(".")[0] in KEYS
+            if not (is_field and has_null(dig(item, field))):
+                texts[re.sub(r"[\d.]+", "", note)].append(note)
+    return [f"{notes[0]} ({len(notes)} of {len(items)} runs)" for notes in texts.values()]
+
+
+def has_null(value):
+    return value is None or (isinstance(value, dict) and any(map(has_null, value.values())))
 
 
 # ---- The report ----------------------------------------------------------------------------------
@@ -800,6 +839,8 @@ def compare_entries(entry, reference, key, target=None):
         # A board's counter and a SoC's rails measure different things.
         pairs = [p for p in pairs if len({dig(item, "energy.source") for item in p}) == 1]
     values = [[get_metric(item, key, target)[0] for item in pair] for pair in pairs]
+    if key == "target_seconds" and any(None in pair for pair in values):
+        return None  # those that came to the target are its faster runs
     values = np.array([pair for pair in values if None not in pair], float).reshape(-1, 2)
     how = find_metric(key)[1]
     if not len(values) or (how == "ratio" and (values[:, 1] <= 0).any()):
@@ -824,6 +865,8 @@ def create_cell(entry, reference, key, target, footnotes):
     cell |= {"median": float(np.median(values)), "low": min(values), "high": max(values)}
     spread = f" ({show(min(values))}–{show(max(values))})" if len(values) > 1 else ""
     cell["lines"] = [show(cell["median"]) + spread]
+    if len(values) < len(got) and not key.startswith("compile"):  # whose titles say it
+        cell["lines"].append(f"in {len(values)} of {len(got)} runs")
     if entry is not reference and (versus := compare_entries(entry, reference, key, target)):
         cell["versus"] = versus
         cell["lines"].append(show_versus(versus, find_metric(key)[1]))
@@ -846,7 +889,8 @@ def create_report(found, config, warnings=()):
             continue
         noted = dict(footnotes)
         made = [create_cell(e, reference, key, config.target_accuracy, noted) for e in entries]
-        if (is_served or key.startswith("compile")) and not any(cell["values"] for cell in made):
+        is_optional = key.startswith("compile") or (is_served and not key.endswith(" p50_ms"))
+        if is_optional and not any(cell["values"] for cell in made):
             continue
         footnotes, cells[key] = noted, made
         title = title.format(config.target_accuracy or 0)
@@ -857,15 +901,21 @@ def create_report(found, config, warnings=()):
         report["break_even"] = describe_break_even(report)
         lines = [{"lines": [text]} for _, text in report["break_even"]]
         rows.insert(4, {"key": "", "title": "break-even with the reference", "cells": lines})
-    fairness, deliberate, unequal = check_fairness(entries, reference, is_served)
-    report["parity"], is_broken = describe_parity(found)
+    fairness, deliberate, _ = check_fairness(entries, reference, is_served)
+    report["parity"], is_broken = describe_parity(found, entries)
     fairness += [report["parity"]] if is_broken else []
-    unequal += ["what they compute"] if is_broken else []
-    report |= {"rows": rows, "deliberate": deliberate, "unequal": unequal}
+    report |= {"rows": rows, "deliberate": deliberate, "is_broken": is_broken}
     report["footnotes"] = list(footnotes)
-    report["warnings"] = [*warnings, *fairness, *collect_notes(entries)]
-    failed = [(e, pair, r) for e in entries for pair, r in e["runs"].items() if pair not in e["ok"]]
-    report["failed"] = [f"{e['label']} {p[1]}: {r['status']}: {r['error']}" for e, p, r in failed]
+    left = sum(item["kind"] == "latency" for item in found) * (not is_served)
+    other = [f"{left} records of serving are left out: put them into a file of their own"]
+    report["warnings"] = [*warnings, *other[: bool(left)], *fairness, *collect_notes(entries)]
+    report["failed"] = [
+        f"{entry['label']} {repeat}{f', batch {size}' if size else ''}: {r['status']}: {r['error']}"
+        for entry in entries
+        for (_, repeat), run in entry["runs"].items()
+        for size, r in run.get("batches", {None: run}).items()
+        if r["status"] != "ok"
+    ]
     report["conditions"] = []
     items = [item for entry in entries for item in entry["ok"].values()]
     versions = sorted({f"versions.{key}" for item in items for key in item["versions"]})
@@ -895,40 +945,68 @@ def list_batch_metrics(entries):
     return [f"{size} {name}" for size in sizes for name in LATENCY]
 
 
+def choose_fastest(report, key):
+    """(the fastest entry, the reference or if that is the fastest the next, compare_entries of
+    them): by the medians, but what the pairs say goes before. None without two that have a speed;
+    instead of the comparison None without a pair"""
+    entries, cells = report["entries"], report["cells"][key]
+    ranked = [index for index, cell in enumerate(cells) if cell["values"]]
+    if len(ranked) < 2:
+        return None
+    ranked.sort(key=lambda index: -cells[index]["median"])
+    other = entries.index(report["reference"])
+    fast, slow = (entries[i] for i in (ranked[0], other if other in ranked[1:] else ranked[1]))
+    speed = compare_entries(fast, slow, key)
+    if speed and speed["estimate"] < 1:
+        fast, slow, speed = slow, fast, compare_entries(slow, fast, key)
+    return fast, slow, speed
+
+
+def describe_inequality(report, pairs):
+    """What makes comparisons of pairs of entries unfair, as the end of a sentence"""
+    unequal = []
+    for fast, slow in pairs:
+        unequal += check_fairness([fast, slow], slow, report["is_served"])[2]
+    unequal += ["what they compute"] if report["is_broken"] else []
+    return f"; but unequal: {', '.join(dict.fromkeys(unequal))}" if unequal else ""
+
+
 def write_serving_sentence(report):
-    """For each batch size the entry with the highest throughput against the reference or, if it is
-    that, the next"""
-    reference, sentences = report["entries"].index(report["reference"]), []
-    for key, cells in report["cells"].items():
+    """For each batch size the entry with the highest throughput, see choose_fastest"""
+    sentences, pairs = [], []
+    for key in report["cells"]:
         size, _, name = key.partition(" ")
-        ranked = [index for index, cell in enumerate(cells) if cell["values"]]
-        if name != "images_per_second" or len(ranked) < 2:
+        found = choose_fastest(report, key) if name == "images_per_second" else None
+        if not found or not found[2]:
             continue
-        ranked.sort(key=lambda index: -cells[index]["median"])
-        other = reference if reference in ranked[1:] else ranked[1]
-        fast, slow = (report["entries"][index] for index in (ranked[0], other))
-        speed = compare_entries(fast, slow, key)
-        if speed is None:
-            continue
+        fast, slow, speed = found
         text = f"{fast['label']} serves {show_ratio(speed['estimate'])} times as many images/s as "
         text += f"{slow['label']}"
         text += f" ({show_interval(speed, 'ratio')})" if speed["low"] is not None else ""
         text += "" if speed["different"] else f", {speed['reason'] or 'no difference shown'}"
         sentences.append(f"batch {size}: {text}")
-    return (
-        "; ".join(sentences) or "nothing to compare: expected two entries with a common batch size"
-    )
+        pairs.append((fast, slow))
+    if not sentences:
+        return "nothing to compare: expected two entries with a common batch size"
+    return "; ".join(sentences) + describe_inequality(report, pairs)
 
 
-def describe_parity(found):
-    """(what parity.py has found, whether that is a difference), by the newest of its records"""
+def describe_parity(found, entries):
+    """(what parity.py has found, whether that is a difference): the check of each comparison that
+    is reported on, else the newest that belongs to no comparison"""
     items = sorted((r for r in found if r["kind"] == "parity"), key=lambda item: item["started"])
+    wanted = {f"{comparison}-parity" for entry in entries for comparison, _ in entry["runs"]}
+    own = {item["id"]: item for item in items if item["id"] in wanted}
+    items = list(own.values()) or [r for r in items if not r["id"].endswith("-parity")][-1:]
     if not items:
         return "parity: not checked", False
-    if items[-1]["status"] != "ok":
-        return f"parity: not checked: {items[-1]['error']}", False
-    quality = items[-1]["quality"]
-    return f"parity: {quality.get('sentence')}", quality.get("is_same") is False
+    for item in items:
+        if item["quality"].get("is_same") is False:
+            return f"parity: {item['quality'].get('sentence')}", True
+    for item in items:
+        if item["status"] != "ok":
+            return f"parity: not checked: {item['error']}", False
+    return f"parity: {items[-1]['quality'].get('sentence')}", False
 
 
 def describe_break_even(report):
@@ -958,14 +1036,12 @@ def describe_break_even(report):
 
 def write_sentence(report):
     """The fastest entry against the reference; if it is the reference, against the next"""
-    entries, cells = report["entries"], report["cells"]["images_per_second"]
-    ranked = [index for index, cell in enumerate(cells) if cell["values"]]
-    ranked.sort(key=lambda index: -cells[index]["median"])
-    if len(ranked) < 2:
-        return f"nothing to compare: {len(ranked)} of {len(cells)} entries have a measured speed"
-    other = entries.index(report["reference"])
-    fast, slow = (entries[i] for i in (ranked[0], other if other in ranked[1:] else ranked[1]))
-    speed = compare_entries(fast, slow, "images_per_second")
+    found = choose_fastest(report, "images_per_second")
+    if not found:
+        cells = report["cells"]["images_per_second"]
+        count = sum(bool(cell["values"]) for cell in cells)
+        return f"nothing to compare: {count} of {len(cells)} entries have a measured speed"
+    fast, slow, speed = found
     names = f"{fast['label']} and {slow['label']}"
     if not speed:
         return f"nothing to compare: no repeat of {names} has succeeded for both"
@@ -987,8 +1063,7 @@ def write_sentence(report):
         verdict = points if accuracy["different"] else accuracy["reason"] or "no difference shown"
         text += f"; accuracy: {fast['label']} " if accuracy["different"] else "; accuracy: "
         text += verdict
-    unequal = ", ".join(report["unequal"])
-    return f"{text}; but unequal: {unequal}" if unequal else text
+    return text + describe_inequality(report, [(fast, slow)])
 
 
 # ---- Showing it ----------------------------------------------------------------------------------
@@ -1004,7 +1079,9 @@ def show(value, scale=1):
 
 
 def show_ratio(value):
-    return f"{value:.3f}" if value < 0.1 or 0.95 < value < 1.05 else f"{value:.2f}"
+    if value < 0.1:
+        return f"{value:#.2g}"
+    return f"{value:.3f}" if 0.95 < value < 1.05 else f"{value:.2f}"
 
 
 def show_interval(versus, how):
@@ -1056,7 +1133,7 @@ def write_csv(report, path):
             for label, cell in zip(report["labels"], row["cells"], strict=True):
                 if row["key"]:
                     versus = cell["versus"] or {}
-                    unit = row["title"].rpartition(", ")[2]
+                    unit = re.split(", |: ", row["title"])[-1]
                     values = [len(cell["values"]), cell["median"], cell["low"], cell["high"]]
                     against = [row["how"], report["reference"]["label"]] if versus else ["", ""]
                     reason = cell["reason"] or versus.get("reason")
@@ -1300,13 +1377,13 @@ def report_on(paths, config, console, comparison=""):
     loaded = [load(path) for path in paths]
     found = [item for items, _ in loaded for item in items if item["id"].startswith(comparison)]
     report = create_report(found, config, [line for _, lines in loaded for line in lines])
+    print_report(report, console)
     with tempfile.TemporaryDirectory() as folder:
         folder = config.report or Path(folder)
         if config.report or config.wandb:
             write_report(report, folder)
         if config.wandb:
             upload_report(report, folder, paths)
-    print_report(report, console)
     if config.report:
         console.print(f"report: {config.report / 'report.html'}, .md, .csv, .svg, .png")
     return report
@@ -1326,6 +1403,8 @@ def run_comparison(config, work, console):
             "--memory-limit": "memory-limit" in list_flags(work),
             "--resume": config.resume,
             "--report": config.report,
+            "--wandb": config.wandb,
+            "--dry-run": config.dry_run,
             "--script": serves(config),
             **{entry["label"]: SUBJECTS[entry["name"]][2] for entry in entries},
         }
@@ -1339,6 +1418,7 @@ def run_comparison(config, work, console):
     if config.dry_run:
         print("\n".join(shlex.join(run["command"]) for run in plan))
         return 0
+    make_folder(path.parent, "--results-path")
     if config.find_memory:
         return 0 if find_memory(entries, config, work, path, comparison, console) else 1
     check_parity(entries, config, work, path, comparison, console)
@@ -1348,13 +1428,15 @@ def run_comparison(config, work, console):
 
 
 def main(argv=None):
-    """Returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted"""
+    """Returns the exit status: see above"""
     argv = sys.argv[1:] if argv is None else argv
     own, work = split_words(argv)
     config = tyro.cli(CompareConfig, args=own)
     console = Console(highlight=False, markup=False, emoji=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
     try:
+        if config.report:
+            make_folder(config.report, "--report")
         if config.target_accuracy is not None and not 0 < config.target_accuracy <= 1:
             raise BadInput(f"expected --target-accuracy of 0 to 1, got {config.target_accuracy}")
         if not config.records:
@@ -1366,6 +1448,12 @@ def main(argv=None):
     except BadInput as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as a full disk
+        text = (
+            f"{error.filename or 'a file'} was not written: {error.strerror}; the records before "
+        )
+        print(f"compare.py: {text}it are kept, report on them once there is room", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

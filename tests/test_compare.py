@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -286,10 +287,44 @@ def test_other_sentences():
     assert "too few seeds" in report_on(one_seed)["sentence"]
 
 
+def test_the_sentence_is_about_its_pairs():
+    """What the pairs say goes before the medians of all runs, and what a third entry does
+    otherwise makes these two not unequal"""
+    items = pair_up(5, timing__train_images_per_second=500.0)  # jax: 401, 402 ... 405
+    for item in items[1::2]:
+        item["timing"] = item["timing"] | {"train_images_per_second": 300.0}
+    for item in items[1:6:2]:
+        item["timing"]["train_images_per_second"] = 700.0
+    for item in items[0:6:2]:
+        item |= {"status": "oom", "error": "x"}
+    report = report_on(items)
+    assert report["cells"]["images_per_second"][1]["median"] == 700
+    assert report["sentence"].startswith("jax trained 1.35 times as fast as torch")
+    slow = [create_train_record("native-torch", n, 100, config__trainer="fit") for n in (1, 2, 3)]
+    for repeat, item in enumerate(slow, 1):
+        item["id"] = f"0a1b2c3d-20260101T000000-r{repeat}-native-torch"
+    items = pair_up(config__trainer="compiled")
+    for item in items:
+        item["config"]["trainer"] = "compiled"
+    report = report_on([*items, *slow])
+    assert any("config.trainer differs" in line for line in report["warnings"])
+    assert "unequal" not in report["sentence"]
+
+
 def test_reference_and_target_that_is_never_reached():
     report = report_on(pair_up(), reference="torch", target_accuracy=0.9)
     assert report["cells"]["images_per_second"][0]["versus"]["estimate"] == pytest.approx(402 / 302)
     assert "did not reach 90.0%" in report["cells"]["target_seconds"][0]["reason"]
+
+
+def test_a_target_that_some_runs_reach_makes_no_ratio():
+    items = pair_up()
+    for item in items:
+        item["quality"]["val_accuracy"] = [0.2, 0.6]
+    items[0]["quality"]["val_accuracy"] = items[2]["quality"]["val_accuracy"] = [0.2, 0.3]
+    jax, torch = report_on(items, target_accuracy=0.5)["cells"]["target_seconds"]
+    assert jax["lines"][1] == "in 1 of 3 runs" and len(torch["lines"]) == 1
+    assert torch["versus"] is None
 
 
 def test_energy_of_different_sources_is_not_compared():
@@ -319,7 +354,6 @@ def test_energy_of_different_sources_is_not_compared():
             "timing.compile_cache differs: cold (jax); warm (torch)",
         ),
         ({"model__flops_per_image": None}, "flops_per_image is not checked: unknown for torch"),
-        ({"device__node_name": "other"}, "different machines"),
     ],
 )
 def test_unequal_work_is_a_warning(changes, expected):
@@ -346,6 +380,27 @@ def test_notes_are_repeated_once_with_a_count():
     assert report_on(items)["warnings"] == ["throttled: the clock fell (4 of 6 runs)"]
 
 
+def test_a_note_on_a_field_is_repeated_unless_the_field_is_null():
+    items = pair_up(energy__joules=None, energy__window_seconds=1.5)
+    items[0]["notes"] += ["energy.joules: no sensor", "precision: tf32 asked, but it has none"]
+    items[1]["notes"] += ["energy.window_seconds: 1.5 s is short", "energy: no sensor"]
+    items[3]["notes"] += ["energy.window_seconds: 1.25 s is short"]
+    assert report_on(items)["warnings"] == [
+        "precision: tf32 asked, but it has none (1 of 6 runs)",
+        "energy.window_seconds: 1.5 s is short (2 of 6 runs)",
+    ]
+
+
+def test_a_comparison_in_containers_is_one_machine():
+    """Each of which has a name of its own"""
+    items = pair_up()
+    for index, item in enumerate(items):
+        item["device"]["node_name"] = f"box{index}"
+    report = report_on(items)
+    assert report["labels"] == ["jax", "torch"] and not report["warnings"]
+    assert "3 interleaved repeats" in report["sentence"]
+
+
 # ---- Records made earlier
 
 
@@ -358,6 +413,15 @@ def test_records_by_hand_are_told_apart_by_what_differs():
     assert any("did not run interleaved" in line for line in report["warnings"])
     assert "interleaved" not in report["sentence"]
     assert "batch_size" in report["deliberate"][0]
+
+
+def test_drop_path_is_no_path():
+    items = pair_up(config__drop_path=0.5)
+    for item in items[::2]:
+        item["config"]["drop_path"] = 0.0
+    assert report_on(items)["sentence"].endswith("; but unequal: drop_path")
+    path = pair_up(config__model_path="b.keras")
+    assert not report_on(path)["warnings"]
 
 
 def add_parity(items, **changes):
@@ -384,6 +448,27 @@ def test_a_difference_between_those_that_compute_differently_is_no_result():
     failed = {"status": "error", "error": "no g++"}
     report = report_on(add_parity(pair_up(), **failed))
     assert report["parity"] == "parity: not checked: no g++" and not report["warnings"]
+    served = [*serve_both(), *add_parity([], quality=quality)]
+    assert report_on(served)["sentence"].endswith("; but unequal: what they compute")
+
+
+def test_parity_is_that_of_the_comparison():
+    """Neither another's nor, where its own has failed, a later one"""
+    good = {"quality": {"is_same": True, "sentence": "the same"}}
+    other = add_parity(pair_up(), id="ffffffff-20260101T000000-parity", **good)
+    assert report_on(other)["parity"] == "parity: not checked"
+    own = {"id": "0a1b2c3d-20260101T000000-parity", "started": "2026-01-01T00:00:00Z"}
+    bad = add_parity(other, **own, quality={"is_same": False, "sentence": "not the same"})
+    report = report_on(add_parity(bad, **good))
+    assert report["parity"] == "parity: not the same"
+    assert report["sentence"].endswith("; but unequal: what they compute")
+
+
+def test_records_of_serving_beside_training_are_told_of():
+    report = report_on([*pair_up(), *serve_both()])
+    assert report["warnings"] == [
+        "12 records of serving are left out: put them into a file of their own"
+    ]
 
 
 def test_a_flag_is_taken_out_of_words():
@@ -440,6 +525,10 @@ def test_serving_is_reported_by_batch_size(bench):
     compare.write_report(report, bench / "out")
     page = (bench / "out/report.html").read_text()
     assert page.count("<img") == 4 and "batch 8: images/s" in page
+    assert "torch, batch 8</th><td>ok</td><td>–</td><td>400</td>" in page
+    with (bench / "out/report.csv").open(newline="") as file:
+        units = {row["metric"]: row["unit"] for row in csv.DictReader(file)}
+    assert units["8 images_per_second"] == "images/s" and units["8 p50_ms"] == "ms"
     assert "over batch sizes" in page and report["parity"] in page
     shown = (bench / "out/report.svg").read_text()  # matplotlib writes texts as comments, too
     assert all(f"<!-- {text} -->" in shown for text in ("1", "8", "10", "20"))
@@ -465,6 +554,10 @@ def test_a_batch_that_failed_is_not_measured():
     cell = report["cells"]["8 p50_ms"][1]
     assert cell["median"] is None and cell["reason"] == "batch 8: oom"
     assert report["sentence"].count("batch") == 1
+    said = "batch 8: oom: out of memory: lower --batch-sizes 8"
+    assert report["failed"] == [f"torch {repeat}, {said}" for repeat in (1, 2, 3)]
+    alone = [serve("jax", 1, 1, 0.01), serve("jax", 1, 8, 1, **error, timing={})]
+    assert "8 p50_ms" in report_on(alone)["cells"]  # a row, though no entry ran it
 
 
 def test_serving_by_hand_without_a_comparison_is_paired_in_its_order():
@@ -817,6 +910,34 @@ def test_interruption_stops_all_that_started_together(bench):
     assert read_text(bench).count("was measured") == 0
 
 
+def test_a_child_that_was_stopped_did_not_run_out_of_memory(bench, monkeypatch):
+    monkeypatch.setattr(compare, "GRACE", 0.1)
+    deaf = ["sh", "-c", "trap '' INT; echo ready >ready; sleep 60"]
+    run = {"command": deaf, "id": "x", "kind": "train", "name": "jax"}
+    with ThreadPoolExecutor() as pool:
+        begun = pool.submit(compare.measure_run, run, bench / "a.jsonl", False)
+        while not (bench / "ready").exists():
+            time.sleep(0.02)
+        (child,) = compare.CHILDREN
+        compare.stop_child(child)
+        record, interrupted = begun.result()
+    assert child.returncode == -signal.SIGKILL
+    assert record["status"] == "interrupted" and interrupted
+
+
+def test_a_full_disk_leaves_the_answer_on_the_screen(bench):
+    """A file's largest size stands in for it"""
+    path = write_file(bench / "a.jsonl", pair_up())
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({2**12}, {2**12}))\n"
+    limit += f"import runpy, sys; sys.path[0] = {str(ROOT)!r}\n"
+    limit += "runpy.run_path(sys.path[0] + '/compare.py', run_name='__main__')"
+    command = [sys.executable, "-c", limit, str(path), "--report", "out"]
+    done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "torch" in done.stdout and "jax trained" in done.stdout
+    assert "was not written" in done.stderr and "Traceback" not in done.stderr
+
+
 def read_text(bench):
     return (bench / "turns.txt").read_text()
 
@@ -877,6 +998,11 @@ BAD_INPUT = [
     (["--", "--results-path", "x"], "--results-path cannot stand after --"),
     (["--find-memory", "--resume"], "--find-memory trains with vit.py and prints: leave out --re"),
     (["--find-memory", "--entries", "jax", "native-jax"], "leave out native-jax"),
+    (["--find-memory", "--dry-run"], "leave out --dry-run"),
+    (["--entries", "jax:--model-path=~/a.keras"], "expected flags without ~; write a path in full"),
+    (["--launcher", "env 'A=1"], "No closing quotation; quote it as in a shell"),
+    (["--report", "child.py"], "--report: cannot make the folder child.py: File exists"),
+    (["--results-path", "child.py/a.jsonl"], "--results-path: cannot make the folder child.py: "),
     (["--start-together", "--launcher", "env"], "expected runs of vit.py without --launcher"),
     (["--launcher", "no-such-program"], "cannot start 'no-such-program'"),
     (["missing.jsonl"], "missing.jsonl: expected a file of records"),
