@@ -471,7 +471,6 @@ def check_parity(entries, config, work, path, comparison, console):
 def find_memory(entries, config, work, path, comparison, console):
     """Bisects the smallest --memory-limit with which each entry's run ends well; returns whether
     all was found. Any end but a good one counts as too little, since without a limit it is good."""
-    flags = [] if "seed" in list_flags(work) else ["--seed", "0"]
     tries = dataclasses.replace(config, repeats=100)
     found, table = [], Table("GB (1e9 bytes)", "trained in", "not in", "took without a limit")
 
@@ -488,7 +487,7 @@ def find_memory(entries, config, work, path, comparison, console):
         return train(next(runs), limit)["status"] == "ok"
 
     for entry in entries:
-        runs = iter(create_plan([entry], tries, [*work, *flags], path, comparison))
+        runs = iter(create_plan([entry], tries, work, path, comparison))
         free, least, most = train(next(runs), None), None, None
         taken = dig(free, "memory.device_peak_bytes") or dig(free, "memory.host_peak_bytes") or 0
         if free["status"] == "ok":
@@ -1404,7 +1403,6 @@ def run_comparison(config, work, console):
             "--resume": config.resume,
             "--report": config.report,
             "--wandb": config.wandb,
-            "--dry-run": config.dry_run,
             "--script": serves(config),
             **{entry["label"]: SUBJECTS[entry["name"]][2] for entry in entries},
         }
@@ -1413,6 +1411,9 @@ def run_comparison(config, work, console):
             raise BadInput(f"--find-memory trains with vit.py and prints: leave out {fixed[0]}")
     default = MEMORY_WORK if config.find_memory else DEFAULT_WORK
     work = work or ([] if serves(config) else default)
+    if config.find_memory:  # the first runs are those without a limit
+        config = dataclasses.replace(config, repeats=1)
+        work = work if "seed" in list_flags(work) else [*work, "--seed", "0"]
     comparison, path = choose_comparison(entries, config, work)
     plan = create_plan(entries, config, work, path, comparison)
     if config.dry_run:

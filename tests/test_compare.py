@@ -998,7 +998,6 @@ BAD_INPUT = [
     (["--", "--results-path", "x"], "--results-path cannot stand after --"),
     (["--find-memory", "--resume"], "--find-memory trains with vit.py and prints: leave out --re"),
     (["--find-memory", "--entries", "jax", "native-jax"], "leave out native-jax"),
-    (["--find-memory", "--dry-run"], "leave out --dry-run"),
     (["--entries", "jax:--model-path=~/a.keras"], "expected flags without ~; write a path in full"),
     (["--launcher", "env 'A=1"], "No closing quotation; quote it as in a shell"),
     (["--report", "child.py"], "--report: cannot make the folder child.py: File exists"),
