@@ -1351,7 +1351,7 @@ def upload_report(report, folder, paths):
             project=os.environ.get("WANDB_PROJECT") or tracking.PROJECT,
             job_type="comparison",
             group="comparisons",
-            tags=sorted(tag[:64] for tag in names | nodes),  # W&B takes 64 characters
+            tags=tracking.cut_tags(sorted(names | nodes)),
         )
     except ValueError as error:
         raise BadInput(str(error)) from error

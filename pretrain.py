@@ -23,9 +23,9 @@ if __name__ == "__main__":
     environment.keep_memory()
 
 import vit  # noqa: E402
-from harness.cli import check_writable, parse, refuse  # noqa: E402
+from harness.cli import check_writable, fail, parse, refuse  # noqa: E402
 from harness.layers import GlorotUniform, RandomUniform, embed_positions  # noqa: E402
-from harness.weights import save_encoder_weights  # noqa: E402
+from harness.weights import load_encoder_weights, save_encoder_weights  # noqa: E402
 from vit import keras, layers, np, ops  # noqa: E402
 
 
@@ -71,6 +71,12 @@ class PretrainConfig(vit.ViTConfig):
                 f"--decoder-dim: expected a multiple of 4 and --decoder-heads {heads}, got {dim}",
             ),
             (self.mixup or self.cutmix, "--mixup, --cutmix: expected none, there are no labels"),
+            (self.validation_split, "--validation-split: expected 0, there are no labels"),
+            (
+                self.checkpoint_path or self.model_path,
+                "--checkpoint-path, --model-path: expected none: --weights-path has the encoder's",
+            ),
+            (self.fit_memory, "--fit-memory: expected a smaller --micro-batch-size instead"),
             (is_plain, "--trainer, --jit-compile: expected compiled training, got Keras' fit"),
         )
 
@@ -186,8 +192,12 @@ def draw_masks(config, count, epoch):
 def run_pretraining(config, dataset, report, files, run=None):
     """Build, train, write the encoder's weights and the pictures. As vit.run_experiment."""
     started = time.perf_counter()
+    nothing = np.empty((0, *dataset.x_train.shape[1:]), "uint8")
+    dataset = dataset._replace(x_validation=nothing)  # of a folder that has some
     statistics, draw, apply = vit.create_data_augmentation(config, dataset.x_train)
     model, painter = create_masked_autoencoder(config, **statistics)
+    if config.init_weights:
+        load_encoder_weights(model, config.init_weights)
     steps = len(dataset.x_train) // config.batch_size
     model.compile(
         optimizer=vit.create_optimizer(config, model, steps),
@@ -242,4 +252,6 @@ def save_grid(painter, images, order, config, statistics):
 if __name__ == "__main__":
     CONFIG = parse(PretrainConfig, sys.argv[1:], __doc__.split("\n\n")[0], vit.PRESETS)
     check_writable(weights_path=CONFIG.weights_path, grid_path=CONFIG.grid_path)
+    if CONFIG.grid_path.suffix.lower() not in (".png", ".jpg", ".webp"):
+        fail(f"--grid-path: expected a name that ends with .png, got {CONFIG.grid_path}")
     sys.exit(vit.main(CONFIG, kind="pretrain", experiment=run_pretraining))

@@ -84,10 +84,14 @@ class TrialFailed(Exception):
 # ---- What to search ------------------------------------------------------------------------------
 
 
-def list_words(parameters, work):
-    """The flags of a run; it is logged to W&B only where those after -- say so"""
-    words = [] if "use-wandb" in list_flags(work) else ["--no-use-wandb"]
-    words += [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
+def list_words(parameters, sweep, work):
+    """The flags of a run: of the sweep file's command, of a trial, and those after --, which alone
+    can have it logged to W&B"""
+    words = [word for word in sweep["flags"] if list_flags([word]) != {"use-wandb"}]
+    words += [] if "use-wandb" in list_flags(work) else ["--no-use-wandb"]
+    for name, value in parameters.items():
+        value = json.dumps(value) if isinstance(value, list) else value
+        words.append(f"--{name.replace('_', '-')}={value}")
     return [*words, *work]
 
 
@@ -129,6 +133,7 @@ class Runner:
         grid = [len(options.get("choices", ())) for _, options in self.space.values()]
         is_grid = self.sweep["method"] == "grid"
         self.count = min(config.count, math.prod(grid)) if is_grid else config.count
+        self.count = min(self.count, self.sweep.get("run_cap") or self.count)
         told = json.dumps([self.sweep, work, self.budget])
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()[:8]
         self.study = config.study or f"{config.backend or 'all'}-{self.fingerprint}"
@@ -186,7 +191,7 @@ class Runner:
             command += [f"--checkpoint-path={folder}/best.weights.h5"]
             with open(f"{folder}/stderr", "w") as errors:
                 child = subprocess.Popen(
-                    command + list_words(self.constants | sampled, self.work),
+                    command + list_words(self.constants | sampled, self.sweep, self.work),
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -323,7 +328,7 @@ def create_report(study, runner):
         sentence = f"best of {len(trials)} trials ({counts}): trial {best.number}, "
         sentence += f"{runner.metric} {best.value:.4g}"
         words = ["python", runner.sweep["program"]]
-        words += list_words(runner.constants | best.params, runner.work)
+        words += list_words(runner.constants | best.params, runner.sweep, runner.work)
         quoted = " ".join(shlex.quote(word).replace(" ", "\0") for word in words)  # never broken
         whole_words = {"break_long_words": False, "break_on_hyphens": False}
         command = textwrap.fill(quoted, 76, subsequent_indent="    ", **whole_words)
@@ -388,6 +393,8 @@ def run_sweep(config, work, console):
     """Search and report; returns the exit status"""
     if fixed := list_flags(work) & {"results-path", "checkpoint-path", "keras-backend"}:
         raise BadInput(f"--{min(fixed)} cannot stand after --: expected --backend or nothing")
+    if config.count < 0:
+        raise BadInput(f"--count: expected 0 or more, got {config.count}")
     if config.backend not in (None, *BACKENDS):
         raise BadInput(f"--backend: expected {', '.join(BACKENDS)}, got {config.backend!r}")
     if config.backend and importlib.util.find_spec(config.backend) is None:
@@ -420,8 +427,8 @@ def run_sweep(config, work, console):
         print(f"sweep.py: error: {error}", file=sys.stderr)
         status = 1
     report, page = create_report(study, runner), Path(f"{runner.stem}.html")
-    write_report(study, report, runner.metric, page)
     print_report(report, console)
+    write_report(study, report, runner.metric, page)
     console.print(f"report: {page}")
     return status or (0 if report["best"] else 1)
 

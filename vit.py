@@ -880,7 +880,9 @@ def start_wandb(config, known):
             entity=config.wandb_entity,
             name=config.wandb_run_name,
             group=group,
-            tags=[*config.wandb_tags, backend, config.node_name, config.dataset],
+            tags=tracking.cut_tags(
+                [*config.wandb_tags, backend, config.node_name, Path(config.dataset).name]
+            ),
             config=choices | {"backend": backend},
             **({"id": known, "resume": "allow"} if known else {}),
         )

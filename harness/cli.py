@@ -123,9 +123,10 @@ def parse(kind, argv, description, presets=None):
         if is_known and types[name] is bool and value.lower() in ("true", "false"):
             arguments.append(flag if value.lower() == "true" else f"--no-{flag[2:]}")
             continue
-        if is_known and not equals and words and words[0].startswith("["):
+        takes_list = is_known and "tuple" in str(types[name])
+        if takes_list and not equals and words and words[0].startswith("["):
             equals, value = "=", words.pop(0)
-        if is_known and value.startswith("["):
+        if takes_list and value.startswith("["):
             try:
                 arguments += [flag, *map(str, json.loads(value))]
                 continue

@@ -262,7 +262,12 @@ def decode_picture(path, size):
     try:
         with Image.open(path) as picture:
             picture.draft("RGB", (size, size))  # a large JPEG is decoded at a fraction of its size
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):  # Pillow would clip at 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))
+            elif picture.mode in ("I", "F"):
+                raise ValueError(f"mode {picture.mode} has no known range, expected 8 or 16 bits")
+            picture = picture.convert("RGB")
             return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -294,7 +299,7 @@ def list_folder(folder, size):
 
     Raises:
         DataError: neither val nor test is there, one has a class that train has not, or one is
-            empty.
+            empty, or a class of train's.
     """
     classes, splits = list_classes(folder), {}
     for split in ("train", "val", "test"):
@@ -312,6 +317,8 @@ def list_folder(folder, size):
                 for file in os.scandir(entry.path)
                 if file.is_file() and not file.name.startswith(".")
             )
+            if split == "train" and not files:
+                raise DataError(f"dataset: expected pictures in {entry.path}, found none")
             paths += files
             labels += [classes.index(entry.name)] * len(files)
         if not paths:

@@ -27,13 +27,14 @@ refuse() {
   exit 2
 }
 
-# Export variables that are not set from .env, which is read, not run: NAME=value, maybe quoted.
+# Export variables that are not set from .env, which is read, not run, as python-dotenv reads it:
+# NAME=value, maybe quoted, maybe with a comment behind it.
 read_env() {
   local name value
   for name in "$@"; do
     if [ -z "${!name:-}" ] && [ -f .env ]; then
-      value=$(sed -nE "s/^(export )?$name=([^\r]*).*/\2/p" .env | tail -n 1 |
-        sed -E "s/^([\"'])(.*)\1$/\2/")
+      value=$(sed -nE "s/^\s*(export\s+)?$name\s*=\s*([^\r]*).*/\2/p" .env | tail -n 1 |
+        sed -E -e "s/^'([^']*)'.*/\1/;t" -e 's/^"([^"]*)".*/\1/;t' -e 's/\s+#.*//' -e 's/\s+$//')
       if [ -n "$value" ]; then export "$name=$value"; fi
     fi
   done
@@ -69,7 +70,7 @@ count_ok() {
 # sweep_one jax|pytorch: RESULT is what came of it. Returns 1 where that is nothing.
 sweep_one() {
   local image="vit:$NODE-$1" backend=${1/pytorch/torch} file=".cache/sweep-$NODE-$1.yaml"
-  local site=${WANDB_BASE_URL:-https://wandb.ai} output id ok
+  local site=${WANDB_BASE_URL:-https://wandb.ai} output page id ok
   RESULT="the image was not built"
   run docker build -f "Dockerfile.$NODE.$1" -t "$image" . || return 1
   if [ -n "${LOCAL:-}" ]; then
@@ -93,7 +94,8 @@ sweep_one() {
     fi
   fi
   id=${id##*/}
-  RESULT="${site/\/\/api./\/\/}/$WANDB_ENTITY/$WANDB_PROJECT/sweeps/$id"
+  page=$(sed -nE 's/.*View sweep at: *(\S+).*/\1/p' <<<"${output:-}")
+  RESULT=${page:-${site/\/\/api./\/\/}/$WANDB_ENTITY/$WANDB_PROJECT/sweeps/$id}
   echo "$NODE $backend: $RESULT (to join: SWEEP_ID=$id)"
   ok=$(count_ok)
   in_container "$image" wandb agent ${COUNT:+--count "$COUNT"} \
@@ -113,6 +115,7 @@ main() {
     help | -h | --help) usage && exit 0 ;;
     *) refuse "expected jax, pytorch, both or help, got '${1:-}'" ;;
   esac
+  if [ $# -gt 1 ]; then refuse "expected one word, got '$*': what else there is stands in help"; fi
   if ! [[ ${COUNT:-1} =~ ^[1-9][0-9]*$ ]]; then refuse "COUNT: expected 1 or more, got $COUNT"; fi
   if [ -n "${SWEEP_ID:-}" ] && [ "$1" = both ]; then
     refuse "SWEEP_ID: a sweep is of one backend: expected jax or pytorch with it, got both"

@@ -19,6 +19,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 HEARTBEAT, GRACE = 10, 60  # seconds between signs of life, and until a worker counts as dead
 ATTEMPTS = 3  # of a trial whose worker died: it may be the trial that kills
 GRID = ("grid_id", "search_space")  # what Optuna's GridSampler keeps with a trial
+MACROS = {"${env}", "${interpreter}", "${program}", "${args}"}
 RANGES = {  # distribution in a sweep file: (method of optuna.Trial, its options)
     "int_uniform": ("suggest_int", {}),
     "uniform": ("suggest_float", {}),
@@ -54,14 +55,21 @@ def read_sweep(path, fixed, leave_out):
         "metric.name": (lambda got: isinstance(got, str), "a metric such as val_top-5-accuracy"),
         "metric.goal": (("maximize", "minimize").__contains__, "maximize or minimize"),
         "parameters": (lambda got: isinstance(got, dict), "an object"),
+        "run_cap": (lambda got: got is None or is_count(got), "a number of trials"),
+        "command": (
+            lambda got: got is None or (isinstance(got, list) and MACROS >= set(list_macros(got))),
+            f"a list of flags and {' '.join(sorted(MACROS))}",
+        ),
     }
     if find(sweep, "early_terminate") is not None:
         first = "min_iter" if find(sweep, "early_terminate.max_iter") is None else "max_iter"
         checks["early_terminate.type"] = (("hyperband",).__contains__, "hyperband")
-        checks[f"early_terminate.{first}"] = (
-            lambda got: isinstance(got, int) and got > 0,
-            "a number of epochs",
-        )
+        checks[f"early_terminate.{first}"] = (is_count, "a number of epochs")
+        for name, least in (("eta", 2), ("s", 1)):
+            checks[f"early_terminate.{name}"] = (
+                lambda got, least=least: got is None or (is_count(got) and got >= least),
+                f"a whole number of at least {least}",
+            )
     for field, (accepts, expected) in checks.items():
         got = find(sweep, field)
         if not accepts(got):
@@ -80,7 +88,22 @@ def read_sweep(path, fixed, leave_out):
             raise BadInput(f"{path}: {name}: {error}, got {json.dumps(spec)}") from error
         if sweep["method"] == "grid" and "choices" not in options:
             raise BadInput(f"{path}: {name}: expected values, for a grid; or the method random")
-    return {**sweep, "space": space, "constants": constants}
+    _, epochs = space.get("num_epochs", ("", {}))
+    for number in epochs.get("choices", [constants.get("num_epochs", epochs.get("low", 1))]):
+        if not is_count(number):
+            got = json.dumps(number)
+            raise BadInput(f"{path}: num_epochs: expected whole numbers above 0, got {got}")
+    flags = [str(word) for word in sweep.get("command") or () if not str(word).startswith("${")]
+    return {**sweep, "space": space, "constants": constants, "flags": flags}
+
+
+def is_count(got):
+    return isinstance(got, int) and not isinstance(got, bool) and got > 0
+
+
+def list_macros(command):
+    """What W&B's agent fills in, among the words of a sweep file's command"""
+    return [word for word in command if str(word).startswith("${")]
 
 
 def find(sweep, dotted):
@@ -97,7 +120,9 @@ def read_parameter(spec):
     """
     keys = set(spec) if isinstance(spec, dict) else set()
     if "values" in keys and keys <= {"values", "distribution"}:
-        return "suggest_categorical", {"choices": spec["values"]}
+        # Optuna's choices must be hashable: a list becomes what stands in a command line.
+        choices = [json.dumps(v) if isinstance(v, list) else v for v in spec["values"]]
+        return "suggest_categorical", {"choices": choices}
     if {"min", "max"} <= keys <= {"min", "max", "distribution"}:
         low, high = spec["min"], spec["max"]
         is_whole = isinstance(low, int) and isinstance(high, int)

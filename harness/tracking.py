@@ -14,13 +14,14 @@ PROJECT = "keras3_edge_baseline"  # unless WANDB_PROJECT names another
 # the end, and to wait for the rest to be uploaded. W&B's own variables, where set, win.
 ASKING = 3
 PATIENCE = {"init_timeout": 5, "finish_timeout": 8}
+CLOUD = "api.forge.coreweave.com"  # W&B's own since 0.31; a key for its older name is good there
 ROOM = 2**16  # bytes; with less left on a disk, W&B cannot have written all that it keeps there
 
 
 def start_run(refusal, **settings):
     """A W&B run: online with a key, else offline with a line of advice, never a prompt.
 
-    ValueError: wandb is not installed; the message is one line.
+    ValueError: wandb is not installed, or its own settings are wrong; the message is one line.
 
     Args:
         refusal: the flag that does without W&B, for the advice.
@@ -33,6 +34,10 @@ def start_run(refusal, **settings):
     # Where a disk is full W&B cannot keep a log of what it does: thousands of lines told of that.
     logging.raiseExceptions = False
     mode = os.environ.get("WANDB_MODE")
+    try:
+        get_server()
+    except Exception as error:  # pydantic's, and what else a file of settings may cause
+        raise ValueError(f"W&B: {explain(error)}") from error
     if mode is None and not has_key():
         mode = "offline"
         print(
@@ -51,11 +56,23 @@ def start_run(refusal, **settings):
         return wandb.init(mode=mode, settings=options, **settings)
     except Exception as error:
         print(f"warning: W&B: {explain(error)}: this run is logged offline", file=sys.stderr)
+    try:
         return wandb.init(mode="offline", **settings)
+    except Exception as error:
+        print(f"warning: W&B: {explain(error)}: this run is not logged", file=sys.stderr)
+        return wandb.init(mode="disabled")
+
+
+def cut_tags(tags):
+    """Tags as W&B takes them, of up to 64 characters"""
+    return [str(tag)[:64] for tag in tags if tag]
 
 
 def get_server():
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    """Where W&B would log to: WANDB_BASE_URL, what `wandb login --host` left, or its default"""
+    import wandb
+
+    return wandb.setup().settings.base_url
 
 
 def ask_server():
@@ -82,9 +99,11 @@ def has_key():
     """Whether W&B would find an API key: in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = get_server().split("://")[-1].split("/")[0]
+    hosts = {get_server().split("://")[-1].split("/")[0]}
+    hosts |= {"api.wandb.ai"} if hosts == {CLOUD} else set()
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC"))
+        return any(known.authenticators(host) for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 

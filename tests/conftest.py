@@ -69,7 +69,8 @@ def run_vit(folder, *flags, backend="jax", wandb=False, script="vit.py", **envir
     """Run vit.py, or a script with its flags, as `run_python` does."""
     words = [ROOT / script, f"--keras-backend={backend}", *flags]
     words += [] if wandb else ["--no-use-wandb"]
-    if not any(flag.startswith("--checkpoint-path") for flag in flags):
+    is_given = any(flag.startswith("--checkpoint-path") for flag in flags)
+    if script == "vit.py" and not is_given:
         words.append(f"--checkpoint-path={folder / 'best.weights.h5'}")
     return run_python(folder, *words, **environment)
 

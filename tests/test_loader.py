@@ -100,6 +100,17 @@ def break_pictures(folder):
     return [whole, folder / "train" / "bee" / "notes.txt"]
 
 
+def test_sixteen_bits_of_gray_are_scaled(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 64).astype("uint16"), (64, 1))
+    for name in ("gray.png", "gray.tif"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        found = data.decode_picture(tmp_path / name, 64)
+        np.testing.assert_allclose(found[0, :, 0], ramp[0] / 257, atol=1)
+    Image.fromarray(ramp / 65535.0).convert("F").save(tmp_path / "floats.tif")
+    with pytest.raises(data.DataError, match="mode F has no known range"):
+        data.decode_picture(tmp_path / "floats.tif", 64)
+
+
 def test_unreadable_files_are_named_counted_and_left_out(folder, capfd):
     broken = break_pictures(folder)
     found = load(folder, max_unreadable=2, validation_split=0)
@@ -181,6 +192,11 @@ def empty_class(folder):
     shutil.rmtree(folder / "train" / "cat")
 
 
+def empty_folder(folder):
+    for path in (folder / "train" / "bee").iterdir():
+        path.unlink()
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "code", "told"),
     [
@@ -188,6 +204,7 @@ def empty_class(folder):
         (lambda folder: shutil.rmtree(folder / "test"), (), 5, "test/ or val/ beside train/"),
         (lambda folder: (folder / "test" / "emu").mkdir(), (), 5, "train/ has not: emu"),
         (empty_class, (), 2, "two or more"),
+        (empty_folder, (), 5, "train/bee, found none"),
         (lambda folder: None, ("--num-classes=4",), 5, "expected 1 to 3, got 4"),
         (lambda folder: None, ("--batch-size=80",), 5, "at most the 65 images"),
         (lambda folder: None, ("--train-images=99",), 5, "1 to 72 images, got 99"),

@@ -107,6 +107,9 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
         (["--mixup=0.5"], "there are no labels"),
         (["--trainer=fit"], "expected compiled training"),
         (["--recipe=best"], "--recipe: expected one of keras-io"),
+        (["--validation-split=0.2"], "--validation-split: expected 0"),
+        (["--model-path=m.keras"], "--weights-path has the encoder's"),
+        (["--fit-memory"], "expected a smaller --micro-batch-size"),
     ],
 )
 def test_clashes_are_one_line(capsys, flags, told):
@@ -116,6 +119,23 @@ def test_clashes_are_one_line(capsys, flags, told):
         parse(pretrain.PretrainConfig, flags, "", pretrain.vit.PRESETS)
     line = capsys.readouterr().err
     assert told in line and line.count("\n") == 1
+
+
+def test_pre_training_goes_on_from_weights(pretrained, backend, tmp_path):
+    flags = [*MODEL, "--pool=token", f"--init-weights={pretrained / 'pretrained.npz'}"]
+    done = run_pretrain(tmp_path, *flags, backend=backend)
+    assert done.returncode == 0, done.stderr
+    first, later = (
+        read_last_record(folder)["quality"]["loss"] for folder in (pretrained, tmp_path)
+    )
+    assert later[0] < first[0]
+    done = run_pretrain(tmp_path, *MODEL, "--pool=token", "--init-weights=none.npz")
+    assert done.returncode == 2 and "expected a file of pretrain.py" in only_line(done)
+
+
+def test_a_picture_of_no_known_kind(tmp_path):
+    done = run_pretrain(tmp_path, "--grid-path=pictures")
+    assert done.returncode == 2 and "--grid-path: expected a name that ends" in only_line(done)
 
 
 def test_a_clash_ends_it(tmp_path):

@@ -84,7 +84,10 @@ def test_a_sweep_of_two_trials(checkout):
         where = {"WANDB_BASE_URL": server.url, "WANDB_MODE": "offline"}
         done = run_sweep(checkout, "jax", COUNT="2", **ACCOUNT, **where)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"jax: {server.url}/us/keras3_edge_baseline/sweeps/{SWEEP}" in done.stdout.splitlines()
+    # W&B's own word for where it is
+    assert (
+        f"jax: {server.url}/someone/keras3_edge_baseline/sweeps/{SWEEP}" in done.stdout.splitlines()
+    )
     # created as W&B reads it: named, its node and backend fixed, 1e-05 a number
     (created,) = map(yaml.safe_load, server.sweeps)
     assert created["name"] == "small-ook-jax"
@@ -113,7 +116,8 @@ def test_an_agent_whose_trials_fail_is_no_success(checkout):
 
 @pytest.mark.parametrize("script, flags", [("ook", "--gpus all"), ("ojo", "--runtime nvidia")])
 def test_a_dry_run_prints_the_commands_and_no_key(checkout, script, flags):
-    (checkout / ".env").write_text(f'WANDB_API_KEY="{KEY}"\nexport WANDB_ENTITY=us\r\n$(touch x)\n')
+    lines = f'WANDB_API_KEY="{KEY}" # mine\n export WANDB_ENTITY = us  # ours\r\n$(touch x)\n'
+    (checkout / ".env").write_text(lines)
     done = run_sweep(checkout, "both", script=f"run_sweep_{script}.sh", DRY_RUN="1", COUNT="3")
     assert (done.returncode, done.docker, done.stderr) == (0, [], "")
     lines = done.stdout.splitlines()
@@ -153,6 +157,7 @@ def test_one_backend_failing_does_not_hide_the_other(checkout):
         (["jax"], {"WANDB_API_KEY": KEY}, "WANDB_ENTITY is not set"),
         (["flax"], {}, "expected jax, pytorch, both or help, got 'flax'"),
         ([], {}, "expected jax, pytorch, both or help, got ''"),
+        (["jax", "--count", "3"], {}, "expected one word, got 'jax --count 3'"),
         (["jax"], {"COUNT": "many"}, "COUNT: expected 1 or more, got many"),
         (["both"], {"SWEEP_ID": "x"}, "expected jax or pytorch with it, got both"),
     ],

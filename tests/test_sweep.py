@@ -188,6 +188,7 @@ def test_wandb_sweep_and_agent(tmp_path):
     "spec, read",
     [
         ({"values": [1, 2]}, ("suggest_categorical", {"choices": [1, 2]})),
+        ({"values": [[16], [8, 4]]}, ("suggest_categorical", {"choices": ["[16]", "[8, 4]"]})),
         ({"min": 1, "max": 9}, ("suggest_int", {"low": 1, "high": 9})),
         ({"min": 0.0, "max": 1.0}, ("suggest_float", {"low": 0.0, "high": 1.0})),
         (
@@ -198,6 +199,9 @@ def test_wandb_sweep_and_agent(tmp_path):
 )
 def test_parameters_of_a_sweep_file(spec, read):
     assert studies.read_parameter(spec) == read
+
+
+HYPERBAND = {"type": "hyperband", "min_iter": 1}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +225,22 @@ def test_parameters_of_a_sweep_file(spec, read):
         ({"parameters": {"a": 1}}, [], "expected value, values, or min and max with"),
         ({"parameters": {"a": {"min": 2, "max": 1}}}, [], "a: "),
         ({"parameters": {"a": {"values": []}}}, [], "a: "),
+        ({}, ["--count=-3"], "--count: expected 0 or more, got -3"),
+        ({"early_terminate": HYPERBAND | {"eta": 1}}, [], "eta: expected a whole number of at le"),
+        ({"early_terminate": HYPERBAND | {"eta": 2.5}}, [], "eta: expected a whole number of at"),
+        ({"early_terminate": HYPERBAND | {"s": "3"}}, [], "s: expected a whole number of at least"),
+        ({"parameters": {"num_epochs": {"value": 2.5}}}, [], "num_epochs: expected whole numbers"),
+        (
+            {"parameters": {"num_epochs": {"values": [1, "5"]}}},
+            [],
+            "expected whole numbers above 0",
+        ),
+        ({"run_cap": 0}, [], "run_cap: expected a number of trials, got 0"),
+        (
+            {"command": ["${program}", "${args_json}"]},
+            [],
+            "command: expected a list of flags and ${",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, changes, flags, told):
@@ -402,6 +422,22 @@ def test_what_stands_after_dashes_is_not_searched(bench):
     for _, _, flags in read_ran(bench):
         assert flags["num-heads"] == "3" and flags["num-epochs"] == "1"
     assert output.count("--num-heads") == 1 and "--num-epochs" not in output
+
+
+def test_lists_are_searched_and_the_file_has_flags_and_a_cap(bench):
+    """As `wandb agent` takes them: what the command fixes is in each trial and in the best's"""
+    units = {"mlp_head_units": {"values": [[16], [16, 8]]}, "num_epochs": {"value": 1}}
+    units |= {n: PARAMETERS[n] for n in ("learning_rate", "num_heads")} | {
+        "transformer_units": {"value": [8, 4]}
+    }
+    command = ["${env}", "${program}", "--use_wandb=True", "--precision=bfloat16", "${args}"]
+    write_sweep(bench, parameters=units, command=command, run_cap=3)
+    output = run_sweep(bench, "--count=8")
+    ran = read_ran(bench)
+    assert len(ran) == 3 and {flags["precision"] for _, _, flags in ran} == {"bfloat16"}
+    assert {flags["mlp-head-units"] for _, _, flags in ran} <= {"[16]", "[16, 8]"}
+    assert {flags["transformer-units"] for _, _, flags in ran} == {"[8, 4]"}
+    assert "--precision=bfloat16" in output and "'--transformer-units=[8, 4]'" in output
 
 
 def test_a_budget(bench):

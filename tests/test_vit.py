@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import (
     BACKENDS,
@@ -22,6 +23,7 @@ from conftest import (
     run_python,
     run_vit,
 )
+from PIL import Image
 
 from harness import data
 
@@ -376,17 +378,55 @@ def test_wandb_failing_in_mid_run_is_a_warning(capsys):
 
 
 def test_a_wandb_key_is_found(monkeypatch, tmp_path):
+    """In the environment, and wherever `wandb login` of this version writes it"""
+    import wandb
+
     from harness import tracking
 
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    def has_key():
+        wandb.teardown()  # it would remember the environment
+        return tracking.has_key()
+
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not tracking.has_key()
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    assert not has_key()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert tracking.has_key()
+    assert has_key()
+    (tmp_path / "netrc").unlink()
+    assert wandb.login(key="0" * 40, verify=False) and has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com:8080")
-    assert not tracking.has_key()
+    assert not has_key()
+    assert wandb.login(key="0" * 40, verify=False) and has_key()
+    monkeypatch.delenv("WANDB_BASE_URL")
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert tracking.has_key()
+    assert has_key()
+    wandb.teardown()
+
+
+def test_a_wandb_server_that_is_no_url(tmp_path):
+    done = run_vit(tmp_path, *SMALL, wandb=True, WANDB_BASE_URL="wandb.example.com")
+    assert done.returncode == 2 and only_line(done).startswith("W&B: ")
+
+
+def test_a_data_set_with_a_long_path_is_logged(tmp_path):
+    """W&B takes tags of up to 64 characters"""
+    place = tmp_path / ("a long name " * 4) / ("and another " * 4) / "pets"
+    for label in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (place / label).mkdir(parents=True)
+        for number in range(8):
+            colours = np.full((8, 8, 3), 100 * ("cat" in label) + number, "uint8")
+            Image.fromarray(colours).save(place / label / f"{number}.png")
+    flags = [*SMALL, f"--dataset={place}", "--trainer=fit", "--batch-size=4"]
+    done = run_vit(
+        tmp_path, *flags, "--wandb-run-name", "[base] lr", wandb=True, WANDB_MODE="offline"
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (run,) = [item["run"] for item in read_log(log) if item["type"] == "run"]
+    assert "pets" in run["tags"] and run["display_name"] == "[base] lr"
 
 
 # ---- the model ---------------------------------------------------------------------------------
