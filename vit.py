@@ -41,6 +41,7 @@ from harness.cli import (
     ConfigError,
     check_clashes,
     check_config,
+    check_ranges,
     check_writable,
     choose_micro_batch,
     fail,
@@ -50,7 +51,10 @@ from harness.cli import (
     parse,
 )
 
-PROCESS_STARTED = time.perf_counter()
+PROCESS_STARTED = environment.find_start()
+if __name__ == "__main__":
+    ending.end_at_once()
+    environment.keep_memory()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
 
 # ---------------------------------------------------------------------------------------------
@@ -216,6 +220,7 @@ class ViTConfig:
 
     def __post_init__(self):
         self.keras_backend = self.keras_backend or os.environ.get("KERAS_BACKEND") or "jax"
+        check_ranges(self)
         self.head_dim = self.head_dim or self.projection_dim
         if self.loader_workers is None:
             self.loader_workers = min(max((os.cpu_count() or 1) - 1, 1), 8)
@@ -299,13 +304,17 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
         ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse_config(sys.argv[1:])
-    if CONFIG.fit_memory and fitting.TRIED not in os.environ:
-        choose_micro_batch(CONFIG, is_on_gpu=environment.has_cuda())
-        SIZES = fitting.list_sizes(
-            CONFIG.batch_size, CONFIG.micro_batch_size, is_even=CONFIG.mixup or CONFIG.cutmix
-        )
-        sys.exit(fitting.run_smaller([sys.executable, *sys.orig_argv[1:]], SIZES))
-    environment.keep_memory()
+    IS_CAPPED = CONFIG.memory_limit is not None and not environment.has_cuda()
+    if (CONFIG.fit_memory or IS_CAPPED) and fitting.TRIED not in os.environ:
+        SIZES = [None]
+        if CONFIG.fit_memory:
+            choose_micro_batch(CONFIG, is_on_gpu=environment.has_cuda())
+            SIZES = fitting.list_sizes(
+                CONFIG.batch_size, CONFIG.micro_batch_size, is_even=CONFIG.mixup or CONFIG.cutmix
+            )
+        check_writable(results_path=CONFIG.results_path)
+        COMMAND = [sys.executable, *sys.orig_argv[1:]]
+        sys.exit(fitting.run_smaller(COMMAND, SIZES, CONFIG.results_path, IS_CAPPED))
     if CONFIG.memory_limit:
         try:
             fitting.limit_memory(CONFIG.memory_limit, environment.read_cuda_memory())
@@ -642,7 +651,7 @@ def train_plain(model, dataset, config, draw, apply, callbacks, done):
         validation_batch_size=config.batch_size,
         initial_epoch=done,
         epochs=config.num_epochs,
-        callbacks=[start, *callbacks],
+        callbacks=[*callbacks, start],
         shuffle=False,  # Batches brings its own order
         verbose=0,
     )
@@ -667,13 +676,13 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
     callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
     callbacks.on_train_begin()
     for epoch in range(done, config.num_epochs):
+        callbacks.on_epoch_begin(epoch)
         order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
         order = order[: steps * config.batch_size].reshape(steps, -1, config.micro_batch_size)
         draws = {
             name: drawn[: order.size].reshape(*order.shape, *drawn.shape[1:])
             for name, drawn in (draw(epoch) if draw else {}).items()
         }
-        callbacks.on_epoch_begin(epoch)
         running = None
         progress.show(epoch, 0, running)
         if not is_resident:  # a batch is all that lies on the device
@@ -795,7 +804,9 @@ def run_experiment(config, dataset, report, files, run=None):
         loss=crossentropy,
         metrics=[
             keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-            keras.metrics.SparseTopKCategoricalAccuracy(5, name="top-5-accuracy"),
+            keras.metrics.SparseTopKCategoricalAccuracy(
+                min(5, config.num_classes), name="top-5-accuracy"
+            ),
         ],
         jit_compile="auto" if config.jit_compile else False,
     )
@@ -1014,6 +1025,7 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     runner = f"{engine.BACKEND} on {engine.gpu_name() or 'the CPU'}"
     size = "micro_batch_size" if is_compiled(config) else "batch_size"
     remedy = f"lower {name_flag(size)} {getattr(config, size)}"
+    remedy = "take a smaller model or --image-size" if getattr(config, size) == 1 else remedy
     remedy += f" or raise --memory-limit {config.memory_limit}" if config.memory_limit else ""
 
     def run_limited():

@@ -15,9 +15,9 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
             *("train_images", "test_images", "image_size", "patch_size", "projection_dim"),
             *("num_heads", "head_dim", "transformer_layers", "batch_size", "micro_batch_size"),
             *("num_epochs", "mlp_ratio", "learning_rate_batch", "clip_norm", "rand_layers"),
-            "loader_prefetch",
+            *("loader_prefetch", "memory_limit", "learning_rate"),
         ),
-        (lambda value: value > 0, "above 0"),
+        (lambda value: 0 < value < math.inf, "above 0"),
     ),
     **dict.fromkeys(
         (
@@ -41,8 +41,6 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
         ("mlp_head_units", "transformer_units"),
         (lambda value: all(width > 0 for width in value), "widths above 0"),
     ),
-    "memory_limit": (lambda value: 0 < value < math.inf, "above 0"),
-    "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
     "rand_magnitude": (lambda value: 0 <= value <= 10, "0 to 10"),
     "crop_padding": (lambda value: 0 <= value < 32, "0 to 31"),
     "seed": (lambda value: 0 <= value < 2**31, "0 to 2147483647"),
@@ -146,9 +144,20 @@ def parse(kind, argv, description, presets=None):
         fail(f"{unframe(told.getvalue())} (see --help)")
 
 
+VOID = {  # what is typed: the flags of a preset that it leaves without a meaning
+    "--transformer-units": ("--mlp-ratio",),
+    "--schedule=constant": ("--warmup-epochs", "--final-learning-rate"),
+}
+
+
 def expand_presets(arguments, presets):
     """`arguments`, before them the words that their presets' flags stand for: the last one wins."""
-    words = []
+    words, void = [], []
+    for position, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        value = value if equals else "".join(arguments[position + 1 : position + 2])
+        flag = flag.replace("_", "-")
+        void += [*VOID.get(flag, ()), *VOID.get(f"{flag}={value}", ())]
     for field, expand in presets.items():
         given = None
         for position, word in enumerate(arguments):
@@ -157,7 +166,11 @@ def expand_presets(arguments, presets):
                 given = value if equals else "".join(arguments[position + 1 : position + 2])
         if given is not None:
             words += expand_presets(expand(given).split(), presets)
-    return [*words, *arguments]
+    kept, is_kept = [], True
+    for word in words:
+        is_kept = word not in void if word.startswith("--") else is_kept
+        kept += [word] if is_kept else []
+    return [*kept, *arguments]
 
 
 def unframe(text):
@@ -167,13 +180,18 @@ def unframe(text):
     return next(filter(None, parts), "")
 
 
-def check_config(config):
-    """Raise ConfigError where a configuration of a model and its training is impossible."""
+def check_ranges(config):
+    """Raise ConfigError where a field's value is impossible, whatever the others are."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         accepts, expected = ACCEPTED.get(field.name, (None, None))
         if accepts and value is not None and not accepts(value):
             raise ConfigError(f"{name_flag(field.name)}: expected {expected}, got {value}")
+
+
+def check_config(config):
+    """Raise ConfigError where a configuration of a model and its training is impossible."""
+    check_ranges(config)
     if config.image_size % config.patch_size:
         raise ConfigError(
             f"--image-size: expected a multiple of --patch-size {config.patch_size}, "

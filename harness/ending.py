@@ -33,6 +33,11 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+def end_at_once():
+    """Until a run begins there is nothing to write: Ctrl-C ends the process without a trace."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 RUNNING = []  # something while a signal may still end the run
 ASKED = []  # the signals that came
 IN_STEPS = []  # something while a step is to be finished first

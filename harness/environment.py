@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 # A training step on a CPU asks for the same gigabytes again and again. By default glibc hands
@@ -37,6 +38,17 @@ def keep_memory():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def find_start():
+    """time.perf_counter() of when this process began, before `keep_memory` started it again (Linux;
+    elsewhere: now)."""
+    try:  # man 5 proc: starttime, in ticks since the machine's start
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        age = 0
+    return time.perf_counter() - max(0, age)
 
 
 def processor():

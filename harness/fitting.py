@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-from harness import ending
+from harness import ending, record
 
 TRIED = "VIT_DID_NOT_FIT"  # names the sizes for the record of the run that follows
 
@@ -42,10 +42,16 @@ def list_sizes(batch_size, largest, is_even):
     return sizes
 
 
-def run_smaller(command, sizes):
-    """Run a command with --micro-batch-size of each of the sizes, until one does not run out of
-    memory; returns its exit code, that of the last if none."""
+def run_smaller(command, sizes, path, is_capped):
+    """Run a command with --micro-batch-size of each of the sizes (None: without that flag), until
+    one does not run out of memory; returns its exit code, that of the last if none.
+
+    Args:
+        path: of the records: one is written here where the last was killed, and could not itself.
+        is_capped: whether memory that cannot be had may end a process by an abort, too.
+    """
     tried, child = [], None
+    kills = [signal.SIGKILL, *((signal.SIGABRT, signal.SIGSEGV) if is_capped else ())]
 
     def forward(number, frame):
         if child is not None:
@@ -55,19 +61,28 @@ def run_smaller(command, sizes):
         signal.signal(number, forward)
     for size in sizes:
         child = subprocess.Popen(
-            [*command, f"--micro-batch-size={size}"],
+            [*command, *([f"--micro-batch-size={size}"] if size else [])],
             env={**os.environ, TRIED: " ".join(map(str, tried))},
             preexec_fn=ending.end_with_parent,
             start_new_session=True,  # the terminal's Ctrl-C comes once, by `forward`
         )
         code = child.wait()
         tried.append(size)
-        if code not in (3, -signal.SIGKILL):
+        if code != 3 and -code not in kills:
             break
         if size != sizes[-1]:
             print(
                 f"--fit-memory: parts of {size} images did not fit: smaller ones", file=sys.stderr
             )
+    if -code in kills:
+        remedy = "lower --micro-batch-size" + (" or raise --memory-limit" if is_capped else "")
+        error = f"out of memory: {remedy} (ended by {signal.Signals(-code).name})"
+        report = record.create_record("train", status="oom", error=error, argv=sys.argv)
+        report["id"] = os.environ.get("VIT_RECORD_ID") or report["id"]
+        report["notes"] = [f"{key}: the run left no record" for key in ("backend", "precision")]
+        record.append_record(path, report)
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        return 3
     return code if code >= 0 else 128 - code
 
 

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 
+@keras.saving.register_keras_serializable("vit")
 def crossentropy(labels, logits):
     """Cross-entropy of logits, (batch,); labels: classes (batch,) or their shares (batch, classes),
     which augmentation makes of them where it mixes or smooths."""
@@ -55,7 +56,8 @@ class AverageWeights(keras.callbacks.Callback):
 
     def swap(self, is_average):
         if self.is_average != is_average:
-            optimizer, self.is_average = self.model.optimizer, is_average
+            self.is_average, optimizer = is_average, self.model.optimizer
+            optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # in float16
             averages = optimizer._model_variables_moving_average
             for weight, average in zip(optimizer._trainable_variables, averages):
                 kept = ops.copy(weight.value)

@@ -323,7 +323,9 @@ def summarize(record):
     def speed(rate):
         share = timing.get("mfu")  # records made before it was measured have none
         used = f", {share:.0%} of matmul peak" if share else ""
-        return f"{rate:,.1f} images/s, {quality['train_images'] / rate:.1f} s an epoch{used}"
+        size = record["config"].get("batch_size") or 1  # a smaller last batch is left out
+        seconds = quality["train_images"] // size * size / rate
+        return f"{rate:,.1f} images/s, {seconds:.1f} s an epoch{used}"
 
     def compilation(value):
         names = ("import", "data", "build")

@@ -115,7 +115,7 @@ class Stopwatch:
             return timing, {}, []
         if steady is None:
             advice = "the only epoch compiled; train 2 epochs or more"
-            advice = advice if own else "another process had trained all epochs"
+            advice = advice if own else "this process trained no whole epoch"
             names = ("train_images_per_second", "compile_seconds", "start_seconds")
             return timing, {}, [*(f"timing.{n}: {advice}" for n in names), f"energy: {advice}"]
         notes = []

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-PROCESS_STARTED = time.perf_counter()
+_import_started = time.perf_counter()
 
 import numpy as np  # noqa: E402
 
@@ -48,7 +48,8 @@ from harness.cli import (  # noqa: E402
 )
 from harness.stopwatch import Stopwatch, measure_matmul  # noqa: E402
 
-IMPORT_SECONDS = time.perf_counter() - PROCESS_STARTED  # a peer adds its framework's
+PROCESS_STARTED = environment.find_start()
+IMPORT_SECONDS = time.perf_counter() - _import_started  # a peer adds its framework's
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -164,8 +165,8 @@ def start(argv, description, library):
     """The configuration that a command line asks for, and all that `library`, JAX or PyTorch, reads
     when it is imported. Ends the process on --help and on bad flags; starts it again once.
     """
-    config = parse(Config, argv, description)
     environment.keep_memory()
+    config = parse(Config, argv, description)
     environment.set_variables()
     os.environ["KERAS_BACKEND"] = library  # CIFAR-100 comes through Keras
     return config
@@ -286,6 +287,7 @@ def train(peer, config, dataset, report):
     )
     try:
         for epoch in range(config.num_epochs):
+            stopwatch.begin_epoch()
             order = data.epoch_order(len(dataset.x_train), config.seed, epoch)[:used]
             order, maps = order.reshape(steps, -1, config.micro_batch_size), None
             if config.augment:
@@ -296,7 +298,6 @@ def train(peer, config, dataset, report):
                 if config.crop_padding:
                     maps = augment.draw_crop(maps, *seeds, config.crop_padding)
                 maps = maps[:used].reshape(*order.shape, *maps.shape[1:])
-            stopwatch.begin_epoch()
             peer.begin_epoch(order, maps, rates[epoch])
             for first in range(0, steps, per_call):
                 peer.run(slice(first, first + per_call))

@@ -123,12 +123,14 @@ def test_unreadable_files_are_named_counted_and_left_out(folder, capfd):
         load(folder, max_unreadable=1)
 
 
-@pytest.mark.parametrize("backend_loader", ["resident", "torch"])
-def test_a_run_on_a_folder_with_a_broken_file(folder, backend_loader):
+@pytest.mark.parametrize("how", ["jax resident", "jax torch", "torch resident"])
+def test_a_run_on_a_folder_with_a_broken_file(folder, how):
+    backend, loader = how.split()
     broken = break_pictures(folder)
-    flags = [*SMALL[4:], f"--dataset={folder}", f"--loader={backend_loader}", "--batch-size=8"]
+    flags = [*SMALL[4:], f"--dataset={folder}", f"--loader={loader}", "--batch-size=8"]
     flags += ["--image-size=16", "--rotation=0", "--zoom=0", "--num-epochs=3"]
-    done = run_vit(folder.parent, *flags)
+    flags += ["--no-jit-compile"] if backend == "torch" else []
+    done = run_vit(folder.parent, *flags, backend=backend)
     assert done.returncode == 0, done.stderr
     assert [f"left out: cannot read {path}" in done.stderr for path in broken] == [True, True]
     found = read_last_record(folder.parent)

@@ -33,6 +33,14 @@ def test_a_flag_that_repeats_a_default_wins_too():
     assert config.mlp_head_units == (8, 4) and config.pool == "attention"
 
 
+def test_what_is_typed_voids_what_it_makes_meaningless():
+    config = parse("--recipe=tiny", "--transformer-units", "64", "128")
+    assert (config.transformer_units, config.mlp_ratio) == ((64, 128), None)
+    config = parse("--recipe", "tiny", "--schedule", "constant")
+    assert (config.schedule, config.warmup_epochs) == ("constant", 0)
+    assert parse("--recipe=tiny", "--schedule=cosine").warmup_epochs == 5
+
+
 def test_the_default_recipe_changes_nothing():
     assert parse("--recipe=keras-io") == parse()
 

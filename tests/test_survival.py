@@ -365,11 +365,40 @@ sys.exit(3 if size > 30 else 0)
     assert fitting.list_sizes(96, 48, is_even=True) == [48, 24, 12, 6, 2]
     (tmp_path / "child.py").write_text(code)
     words = [sys.executable, "child.py"]
-    code = f"from harness import fitting; print(fitting.run_smaller({words!r}, [128, 64, 16, 8]))"
-    done = run_python(tmp_path, "-c", code)
+    path = tmp_path / "results.jsonl"
+
+    def run(sizes, is_capped=False):
+        code = f"from pathlib import Path; from harness import fitting; words = {words!r}\n"
+        code += f"print(fitting.run_smaller(words, {sizes}, Path({str(path)!r}), {is_capped}))"
+        return run_python(tmp_path, "-c", code)
+
+    done = run([128, 64, 16, 8])
     assert done.stdout.strip() == "0" and "parts of 64 images did not fit" in done.stderr
     ran = (tmp_path / "ran.txt").read_text()
-    assert ran == "128 after [] 64 after [128] 16 after [128 64] "
+    assert ran == "128 after [] 64 after [128] 16 after [128 64] " and not path.exists()
+    done = run([512, 256])  # the last is killed, too, and can write no record
+    assert (
+        done.stdout.strip() == "3" and "lower --micro-batch-size (ended by SIGKILL)" in done.stderr
+    )
+    assert read_last_record(tmp_path)["status"] == "oom"
+    text = (tmp_path / "child.py").read_text()
+    (tmp_path / "child.py").write_text(text.replace("SIGKILL", "SIGABRT"))
+    assert run([512, 16]).stdout.strip() == str(128 + signal.SIGABRT)  # without a cap a fault
+    assert run([512, 16], is_capped=True).stdout.strip() == "0"
+
+
+def test_an_allocator_that_aborts_under_a_limit_leaves_a_record(tmp_path):
+    """With so little JAX mostly dies of SIGSEGV"""
+    done = run_vit(tmp_path, *LARGE, "--memory-limit=0.4")
+    assert done.returncode == 3, done.stderr[-3000:]
+    item = read_last_record(tmp_path)
+    assert item["status"] == "oom" and "or raise --memory-limit" in item["error"]
+
+
+def test_ctrl_c_before_a_run_begins_leaves_no_trace(tmp_path):
+    (tmp_path / "keras.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = run_vit(tmp_path, *SMALL, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 LARGE = [

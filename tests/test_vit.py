@@ -12,6 +12,7 @@ import pytest
 from conftest import (
     BACKENDS,
     LEARNING,
+    MODEL,
     ROOT,
     SMALL,
     child_environment,
@@ -53,6 +54,9 @@ def test_help_needs_no_keras(tmp_path, no_keras):
         (["--batch-size=0"], "--batch-size: expected above 0, got 0"),
         (["--validation-split=1.0"], "expected at least 0 and below 1, got 1.0"),
         (["--learning-rate=nan"], "--learning-rate: expected above 0, got nan"),
+        (["--mlp-ratio=inf"], "--mlp-ratio: expected above 0, got inf"),
+        (["--head-dim=0"], "--head-dim: expected above 0, got 0"),
+        (["--num-classes=0"], "--num-classes: expected 2 or more, got 0"),
         (["--num-classes=1"], "--num-classes: expected 2 or more, got 1"),
         (["--transformer-units", "64", "32"], "expected the last to be --projection-dim 64"),
         (["--checkpoint-path=x.h5"], "expected a name ending in .weights.h5, got x.h5"),
@@ -139,6 +143,30 @@ def test_defaults(monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     assert vit.ViTConfig(projection_dim=32).transformer_units == (64, 32)
     assert vit.ViTConfig().wandb_project == "mine"
+
+
+def test_a_process_began_before_it_started_itself_again(tmp_path):
+    code = """
+import os, sys, time
+from harness import environment
+if "AGAIN" not in os.environ:
+    time.sleep(0.5)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"AGAIN": "1"})
+print(time.perf_counter() - environment.find_start())
+"""
+    assert float(run_python(tmp_path, "-c", code).stdout) > 0.5
+
+
+def test_float16_with_an_average_of_the_weights(tmp_path):
+    """In float16 Keras wraps the optimiser, which has the average"""
+    flags = ("--precision=float16", "--ema=0.9", "--no-jit-compile", "--model-path=m.keras")
+    done = run_vit(tmp_path, *SMALL, *flags, backend="torch")
+    assert done.returncode == 0, done.stderr
+    code = """
+import json, keras, vit
+print(json.dumps(keras.saving.load_model("m.keras").loss.__name__))
+"""
+    assert run_code(tmp_path, "torch", code) == "crossentropy"
 
 
 # ---- a run that learns -------------------------------------------------------------------------
@@ -419,7 +447,7 @@ def test_a_data_set_with_a_long_path_is_logged(tmp_path):
         for number in range(8):
             colours = np.full((8, 8, 3), 100 * ("cat" in label) + number, "uint8")
             Image.fromarray(colours).save(place / label / f"{number}.png")
-    flags = [*SMALL, f"--dataset={place}", "--trainer=fit", "--batch-size=4"]
+    flags = [*MODEL, f"--dataset={place}", "--num-epochs=1", "--trainer=fit", "--batch-size=4"]
     done = run_vit(
         tmp_path, *flags, "--wandb-run-name", "[base] lr", wandb=True, WANDB_MODE="offline"
     )
