@@ -39,6 +39,7 @@ import textwrap
 import time
 import uuid
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +71,7 @@ class LatencyConfig:
     weights: Path | None = None  # torchvision's, timm's or DeiT's, .pth or .safetensors
     native: bool = False  # instead of Keras' the model by hand, in the backend's own framework
     data_format: Literal["channels_last", "channels_first"] | None = None  # default: what is faster
+    normalization: Literal["imagenet", "half"] = "imagenet"  # half: as timm's augreg ViTs had it
     export: tuple[Literal[("keras-int8", *EXPORTS)], ...] = ()  # rows beside the model's own
     export_path: Path | None = None  # folder in which their files stay; default: they do not
     dataset: str = "cifar100"  # that of vit.py whose test images --export classifies
@@ -93,6 +95,7 @@ class LatencyConfig:
         if self.batch_sizes is None:
             self.batch_sizes = (1,) if self.load != "none" else (1, 8, 32, 128)
         sizes, is_loaded = self.batch_sizes, self.load != "none"
+        is_fixed = self.native or self.model.endswith(".keras")
         unsuited = [
             name
             for name, (_, needed, _) in EXPORTS.items()
@@ -108,8 +111,16 @@ class LatencyConfig:
                 f"--batch-sizes: expected sizes above 0, got {' '.join(map(str, sizes))}",
             ),
             (
-                self.weights and (self.native or self.model.endswith(".keras")),
+                self.weights and is_fixed,
                 "--weights: expected a model of --list-models, got a file or --native",
+            ),
+            (
+                self.data_format == "channels_first" and is_fixed,
+                "--data-format: expected none for a file or --native, which have their own",
+            ),
+            (
+                self.native and self.precision == "float16",
+                "--native: expected --precision float32, tf32 or bfloat16, got float16",
             ),
             (
                 self.native and self.model not in NATIVE,
@@ -231,7 +242,8 @@ class Table:
                 if not (exports and column[0] in SPREAD):
                     values[column] = record.dig(report, column[1])
             self.columns = [column for column, value in values.items() if value is not None]
-            reasons = {dotted: record.reason_for(report, dotted) for _, dotted, _ in values}
+            missing = [dotted for (_, dotted, _), value in values.items() if value is None]
+            reasons = {dotted: record.reason_for(report, dotted) for dotted in missing}
             self.reasons = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
             device, library = report["device"], report["backend"].rpartition("-")[2]
             print(
@@ -333,11 +345,10 @@ if __name__ == "__main__":
     CONFIG, MODEL_FLAGS = parse_words(sys.argv[1:])
     ROW = os.environ.get("VIT_LATENCY_ROW")
     check_writable(results_path=CONFIG.results_path)
+    if CONFIG.export_path:
+        check_writable(export_path=CONFIG.export_path / "file")
     if len(CONFIG.list_rows()) > 1 and ROW is None and not CONFIG.list_models:
-        try:
-            sys.exit(measure_each(CONFIG))
-        except KeyboardInterrupt:
-            sys.exit(130)
+        ending.end_with(partial(measure_each, CONFIG))
     environment.keep_memory()
     if CONFIG.keras_backend == "torch" and not environment.has_cuda():
         environment.precompile_header()
@@ -351,28 +362,36 @@ from vit import keras, layers, np  # noqa: E402
 # ---------------------------------------------------------------------------------------------
 # Models
 
-# Mean and standard deviation of ImageNet's training pixels, by which those models are trained that
-# torchvision and timm hold: https://docs.pytorch.org/vision/stable/models.html
-IMAGENET_MEAN = [255 * share for share in (0.485, 0.456, 0.406)]
-IMAGENET_VARIANCE = [(255 * share) ** 2 for share in (0.229, 0.224, 0.225)]
+NORMALIZATIONS = {  # (mean, standard deviation) of the pixels that a model was trained with, 0 to 1
+    # ImageNet's: https://docs.pytorch.org/vision/stable/models.html; DeiT's and timm's ResNets, too
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/vision_transformer.py
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
-def create_imagenet_vit(variant, data_format):  # which makes no difference within it
+def list_moments(name):
+    """(mean, variance) of a normalization's pixels, 0 to 255, each of three colours"""
+    mean, deviation = NORMALIZATIONS[name]
+    return [255 * share for share in mean], [(255 * share) ** 2 for share in deviation]
+
+
+def create_imagenet_vit(variant, data_format, moments):  # the format makes no difference within it
     config = vit.parse_config(["--variant", variant, "--image-size", "224"])
     config.num_classes, config.input_shape = 1000, (224, 224, 3)
-    return vit.create_vit_classifier(config, IMAGENET_MEAN, IMAGENET_VARIANCE)
+    return vit.create_vit_classifier(config, *moments)
 
 
-def create_imagenet_resnet50(data_format):
+def create_imagenet_resnet50(data_format, moments):
     pixels = layers.Input((224, 224, 3), name="pixels")
-    x = vit.Prepare(224, IMAGENET_MEAN, IMAGENET_VARIANCE)(pixels)  # colours last
+    x = vit.Prepare(224, *moments)(pixels)  # colours last
     if data_format == "channels_first":
         x = layers.Permute((3, 1, 2))(x)
     return keras.Model(pixels, create_resnet50(data_format)(x))
 
 
-MODELS = {  # name: function of a data format that gives a model from pixels (batch, 224, 224, 3)
-    # to 1,000 logits
+MODELS = {  # name: function of a data format and of the pixels' moments that gives a model from
+    # pixels (batch, 224, 224, 3) to 1,000 logits
     **{
         f"vit-{variant.replace('/', '').lower()}": partial(create_imagenet_vit, variant)
         for variant in ("Ti/16", "S/16", "B/16", "B/32", "L/16")
@@ -390,9 +409,9 @@ def create_model(config, model_flags):
     if config.model == "vit":
         model = vit.create_vit_classifier(vit.parse_config(model_flags))
     elif config.model in MODELS:
-        model = MODELS[config.model](config.data_format)
+        model = MODELS[config.model](config.data_format, list_moments(config.normalization))
     else:
-        return load_model(Path(config.model))
+        return load_model(Path(config.model), config.precision)
     if config.weights:
         load_state_dict(model, config.weights)
     if config.data_format == "channels_last":
@@ -402,16 +421,22 @@ def create_model(config, model_flags):
     return keras.Model(pixels, model(layers.Permute((2, 3, 1))(pixels)))
 
 
-def load_model(path):
-    """A model from a .keras file, without running what strangers put into it."""
+def load_model(path, precision):
+    """A model from a .keras file, without running what strangers put into it. Its layers say
+    themselves what they compute in: another precision than theirs is a ConfigError."""
     if path.suffix != ".keras":
         known = ", ".join(["vit", *MODELS])
         raise ConfigError(f"--model: expected a file PATH.keras or one of {known}; got {path}")
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         line = str(error).strip().splitlines()[0][:200]
         raise ConfigError(f"--model: expected a Keras model, got {path}: {line}") from error
+    products = [part for part in model._flatten_layers() if hasattr(part, "kernel")]
+    computed = {part.compute_dtype for part in products} - {"float32"}  # the last one's always is
+    asked = {"tf32": "float32"}.get(precision, precision)
+    if (saved := min(computed, default="float32")) != asked:
+        raise ConfigError(f"--precision: expected {saved}, in which {path} was saved, got {asked}")
     shape = model.input_shape
     if not isinstance(shape, tuple) or len(shape) != 4 or None in shape[1:]:
         raise ConfigError(
@@ -471,7 +496,7 @@ def start_native(config, report):
     """The model by hand."""
     peer = importlib.import_module(f"peers.imagenet_{config.keras_backend}")
     forward, parameters = peer.create_forward(
-        config.model, IMAGENET_MEAN, IMAGENET_VARIANCE, report["precision"]
+        config.model, *list_moments(config.normalization), report["precision"]
     )
     report["model"] |= {"parameters": parameters, "input_shape": (224, 224, 3)}
     report["notes"].append("model.flops_per_image: not counted in a model by hand")
@@ -508,22 +533,28 @@ def load_pictures(config, model, report):
     """(pictures to calibrate with or None, pictures to classify, their labels or None): of the data
     set if the model is for such, else random ones."""
     shape, classes = model.input_shape[1:], model.output_shape[-1]
+    side, is_first, available = shape[1], shape[0] == 3 != shape[-1], CALIBRATED
+    is_square = shape == ((3, side, side) if is_first else (side, side, 3))
     try:
-        if config.dataset in BUILT_IN and (shape != (32, 32, 3) or classes > 100):
+        if not is_square or (config.dataset in BUILT_IN and (side != 32 or classes > 100)):
             raise data.DataError("the model is for other pictures than --dataset has")
+        if config.dataset not in BUILT_IN:
+            available = len(data.list_folder(config.dataset, side)[0][1])
         dataset = data.load_dataset(
             config.dataset,
             num_classes=classes,
-            train_images=CALIBRATED,
+            train_images=min(CALIBRATED, available),
             test_images=config.test_images,
             validation_split=0,
-            size=shape[0],
+            size=side,
+            max_unreadable=100,
         )
     except data.DataError as error:
         report["notes"].append(f"quality: {error}")
         return None, draw_pixels(shape, max(config.batch_sizes), config.seed)[0], None
     report["quality"] |= {"dataset": dataset.label, "test_images": len(dataset.x_test)}
-    return dataset.x_train, dataset.x_test, dataset.y_test
+    turn = (0, 3, 1, 2) if is_first else (0, 1, 2, 3)
+    return dataset.x_train.transpose(turn), dataset.x_test.transpose(turn), dataset.y_test
 
 
 def measure_quality(server, size, pictures, labels, expected):
@@ -650,23 +681,28 @@ def serve(handle, arrivals):
     """Handle requests one after the other, none before it is due.
 
     Returns:
-        seconds from when each was due to its answer, (requests,); requests a second.
+        seconds from when each was due to its answer, (requests,); requests a second; whether that
+        is as many as came: after the last one there was work for 5 % of the time at most.
     """
-    latencies, started = np.empty(len(arrivals)), time.perf_counter()
+    latencies, handling, started = np.empty(len(arrivals)), [], time.perf_counter()
     for index, due in enumerate(arrivals):
         early = started + due - time.perf_counter()
         if early > 0:
             time.sleep(early)
+        begun = time.perf_counter()
         handle()
         latencies[index] = time.perf_counter() - started - due
-    return latencies, len(arrivals) / (time.perf_counter() - started)
+        handling.append(time.perf_counter() - begun)
+    took = time.perf_counter() - started
+    behind = took - arrivals[-1] - np.median(handling)
+    return latencies, len(arrivals) / took, behind <= 0.05 * took
 
 
 def measure_load(config, handle, notes):
     """Figures of a record: the latency at --rate, and under --slo-ms the highest rate that keeps
-    it, to 5 %, by bisection between a rate that does and one that does not."""
-    latencies, served = serve(handle, draw_arrivals(config, config.rate))
-    if served < 0.95 * config.rate:
+    it and is sustained, to 5 %, by bisection between a rate that does and one that does not."""
+    latencies, served, is_sustained = serve(handle, draw_arrivals(config, config.rate))
+    if not is_sustained:
         notes.append(
             f"--rate: {config.rate:g} requests/s could not be sustained, {served:.3g} were served"
         )
@@ -677,8 +713,8 @@ def measure_load(config, handle, notes):
         return figures
 
     def keeps(rate):
-        latencies, _ = serve(handle, draw_arrivals(config, rate))
-        return np.percentile(latencies, 99) <= config.slo_ms / 1e3
+        latencies, _, is_sustained = serve(handle, draw_arrivals(config, rate))
+        return is_sustained and np.percentile(latencies, 99) <= config.slo_ms / 1e3
 
     low, high = 0.0, config.rate
     while high < 1e6 and keeps(high):
@@ -728,5 +764,5 @@ def main(config, model_flags, row):
 
 if __name__ == "__main__":
     if CONFIG.list_models:
-        sys.exit(list_models())
-    sys.exit(main(CONFIG, MODEL_FLAGS, int(ROW or 0)))
+        ending.end_with(list_models)
+    ending.end_with(partial(main, CONFIG, MODEL_FLAGS, int(ROW or 0)))

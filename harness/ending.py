@@ -38,6 +38,19 @@ def end_at_once():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def end_with(call):
+    """End this process with the exit code that `call` returns; Ctrl-C, and that nobody reads the
+    output any more, have their own."""
+    try:
+        code = call()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        sys.stdout, code = open(os.devnull, "w"), 141
+    sys.exit(code)
+
+
 RUNNING = []  # something while a signal may still end the run
 ASKED = []  # the signals that came
 IN_STEPS = []  # something while a step is to be finished first

@@ -915,12 +915,15 @@ def count_flops(model):
             continue
         inputs = keras.tree.flatten(layer.input)  # none of an input layer
         positions = math.prod(inputs[0].shape[1:-1]) if inputs else 0  # those of its parts, too
-        if hasattr(layer, "kernel") and hasattr(layer, "data_format"):
+        has_kernel = any(hasattr(layer, name) for name in ("kernel", "depthwise_kernel"))
+        if has_kernel and hasattr(layer, "data_format"):
             is_first = layer.data_format == "channels_first"
             positions = math.prod(layer.output.shape[2:] if is_first else layer.output.shape[1:-1])
         for part in layer._flatten_layers():
-            if hasattr(part, "kernel"):
-                flops += 2 * positions * math.prod(part.kernel.shape)
+            # Separable and depthwise convolutions have kernels of their own names.
+            for name in ("kernel", "depthwise_kernel", "pointwise_kernel"):
+                kernel = getattr(part, name, None)
+                flops += 2 * positions * math.prod(kernel.shape) if kernel is not None else 0
         if isinstance(layer, keras.layers.MultiHeadAttention):
             flops += 2 * 2 * positions**2 * layer.num_heads * layer.key_dim
     return flops

@@ -103,7 +103,9 @@ def export_onnx_int8(model, shape, folder, pictures):
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if pictures is None:
-        raise ExportError("expected a model of CIFAR-100's pictures, to calibrate it with these")
+        raise ExportError(
+            "expected a --dataset of the model's pictures, to calibrate it with these"
+        )
     # From opset 21 on onnxruntime 1.32 gives an activation two types.
     plain = write(model, shape, "onnx", folder / "plain.onnx", opset_version=20)
     onnx.save(onnx.load(plain), plain)  # in one file: preparing it does not find a second one

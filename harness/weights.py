@@ -7,6 +7,8 @@ from functools import partial
 import keras
 import numpy as np
 
+from harness.layers import LayerScale
+
 
 class WeightsError(Exception):
     """A file does not hold this model's weights; the message is one line."""
@@ -100,6 +102,8 @@ def load_state_dict(model, path):
         given[name] = array
     # How many batches a running mean has seen is of no use at inference.
     given = {k: v for k, v in given.items() if not k.endswith(".num_batches_tracked")}
+    if any(isinstance(layer, LayerScale) for layer in model.layers):
+        raise WeightsError("--weights: expected a model without --layer-scale, which these lack")
     has_token = any(layer.name == "patch_encoder" for layer in model.layers)
     targets = dict(name_vit(model) if has_token else name_resnet(model))
     wanted = {name: shape for name, (shape, _) in targets.items()}

@@ -1,8 +1,22 @@
 """Serving: figures of each batch size, load, weights from elsewhere, and what is refused."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from conftest import MODEL, ROOT, SMALL, only_line, run_code, run_python, run_vit
+from conftest import (
+    MODEL,
+    ROOT,
+    SMALL,
+    child_environment,
+    only_line,
+    run_code,
+    run_python,
+    run_vit,
+)
+from PIL import Image
 
 from harness import record
 
@@ -133,13 +147,50 @@ import json, time
 import numpy as np
 import latency
 
-latencies, served = latency.serve(lambda: time.sleep(0.05), np.array([0, 0, 0, 1.0]))
+latencies, served, _ = latency.serve(lambda: time.sleep(0.05), np.array([0, 0, 0, 1.0]))
 print(json.dumps([latencies.tolist(), served]))
 """
     latencies, served = run_code(tmp_path, "jax", code)
     first, second, third, late = latencies
     assert 0.05 <= first < second < third and second >= 0.1 and third >= 0.15
     assert late >= 0.05 and served < 4
+
+
+def test_what_is_sustained_is_told_by_what_came(tmp_path):
+    """On a clock of its own. Random arrivals may be fewer than their rate says, and under a
+    generous limit a queue may grow for all of a short window"""
+    code = """
+import json
+import latency
+
+
+class Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+latency.time, found = Clock(), []
+for seconds, choices in (
+    (0.001, {"load": "poisson"}),
+    (0.001, {"load": "poisson", "rate": 5.0, "seconds": 20.0}),
+    (0.1, {"load": "poisson", "rate": 20.0}),
+    (0.005, {"load": "uniform", "seconds": 1.0, "slo_ms": 1000.0}),
+    (0.005, {"load": "uniform", "seconds": 10.0, "slo_ms": 6.0}),
+):
+    notes, config = [], latency.LatencyConfig(**choices)
+    figures = latency.measure_load(config, lambda: latency.time.sleep(seconds), notes)
+    found.append([notes, figures.get("slo_per_second")])
+print(json.dumps(found))
+"""
+    plenty, fewer, overload, generous, strict = run_code(tmp_path, "jax", code)
+    assert plenty == fewer == [[], None]
+    assert "20 requests/s could not be sustained, 9." in overload[0][0]
+    assert 200 / 1.05 < generous[1] < 200 * 1.06 and 200 / 1.05 < strict[1] < 200 * 1.06
 
 
 # ---- weights from elsewhere --------------------------------------------------------------------
@@ -208,12 +259,16 @@ module = shake(imagenet_torch.ResNet50())
 torch.save(module.state_dict(), "resnet.pth")
 load_state_dict(model := create_resnet50(), Path("resnet.pth"))
 found["resnet"] = difference(model, module, 224)
+config = latency.LatencyConfig(model="vit-ti16", normalization="half")
+prepare = next(part for part in latency.create_model(config, []).layers if hasattr(part, "mean"))
+found["half"] = np.ravel(keras.ops.convert_to_numpy(prepare.mean)).tolist()
 print(json.dumps(found))
 """
 
 
 def test_weights_of_torchvision_timm_and_deit_give_their_logits(tmp_path, backend):
     found = run_code(tmp_path, backend, WEIGHTS)
+    assert found.pop("half") == [127.5] * 3
     assert set(found) == {"torchvision", "timm", "safetensors", "resnet"}
     assert max(found.values()) < 1e-4, found
     # The ResNet's are no Vision Transformer's: the first ten that clash, and how many there are.
@@ -222,6 +277,10 @@ def test_weights_of_torchvision_timm_and_deit_give_their_logits(tmp_path, backen
     line = only_line(done)
     assert done.returncode == 2 and line.count(";") == 9
     assert "--weights resnet.pth is of another architecture: " in line
+    scaled = ("--variant=Ti/4", "--layer-scale=0.1", "--image-size=32")
+    flags = ("--weights=vit.safetensors", "--batch-sizes=1", f"--keras-backend={backend}")
+    done = run_latency(tmp_path, *flags, model_flags=scaled)
+    assert done.returncode == 2 and "expected a model without --layer-scale" in only_line(done)
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -244,6 +303,9 @@ def test_weights_of_torchvision_timm_and_deit_give_their_logits(tmp_path, backen
         (["--export", "onnx", "--precision=bfloat16"], "--export: expected --precision float32"),
         (["--dataset=none"], "--dataset: expected cifar100, synthetic or a folder, got none"),
         (["--iterations=1"], "--iterations: expected 2 or more, got 1"),
+        (["--export", "onnx", "--export-path=text.pth"], "--export-path: expected a file that can"),
+        (["--data-format=channels_first", "--model=text.keras"], "--data-format: expected none"),
+        (["--native", "--model=vit-b16", "--precision=float16"], "or bfloat16, got float16"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, told):
@@ -251,6 +313,47 @@ def test_bad_input_is_one_line(tmp_path, flags, told):
     (tmp_path / "text.pth").write_text("no weights")
     done = run_latency(tmp_path, *flags, model_flags=())
     assert done.returncode == 2 and told in only_line(done)
+
+
+def test_a_file_is_served_in_the_precision_that_it_was_saved_in(tmp_path):
+    """Its layers say what they compute in, whatever is asked for"""
+    code = f"""
+import json
+import vit
+from harness import engine
+for precision in ("float32", "bfloat16"):
+    engine.set_precision(precision)
+    model = vit.create_vit_classifier(vit.parse_config({list(MODEL)!r}))
+    model.save(precision + ".keras")
+print(json.dumps(0))
+"""
+    run_code(tmp_path, "jax", code)
+    flags = ("--batch-sizes=1", *QUICK)
+    for saved, asked in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        model = f"--model={saved}.keras"
+        done = run_latency(tmp_path, model, f"--precision={asked}", *flags, model_flags=())
+        told = f"--precision: expected {saved}, in which {saved}.keras was saved, got {asked}"
+        assert done.returncode == 2 and only_line(done).endswith(told)
+        done = run_latency(tmp_path, model, f"--precision={saved}", *flags, model_flags=())
+        assert done.returncode == 0, done.stderr
+    torn = bytearray((tmp_path / "float32.keras").read_bytes())
+    torn[2000:4000] = bytes(2000)
+    (tmp_path / "torn.keras").write_bytes(torn)
+    done = run_latency(tmp_path, "--model=torn.keras", *flags, model_flags=())
+    assert done.returncode == 2 and "expected a Keras model, got torn.keras" in only_line(done)
+
+
+@pytest.mark.parametrize("sizes", [["1"], ["1", "2"]])
+def test_nobody_reads_the_table(tmp_path, sizes):
+    words = [sys.executable, ROOT / "latency.py", "--batch-sizes", *sizes, *QUICK, "--", *MODEL]
+    environment = child_environment(tmp_path)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_code_in_a_model_is_not_run(tmp_path):
@@ -355,9 +458,28 @@ print(json.dumps(True))
     assert done.returncode == 7 and plain["status"] == "ok", done.stderr
     assert plain["quality"]["test_accuracy"] is None and record.check_record(plain) == []
     assert plain["quality"]["logits_difference"] < 1e-5
-    assert (
-        rounded["error"] == "expected a model of CIFAR-100's pictures, to calibrate it with these"
-    )
+    told = "expected a --dataset of the model's pictures, to calibrate it with these"
+    assert rounded["error"] == told
+
+
+def test_a_folder_with_few_pictures_and_channels_first(tmp_path):
+    """Fewer than are wanted to calibrate with; the model may want its colours first"""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "pets" / split / label).mkdir(parents=True)
+            for number in range(6):
+                pixels = rng.integers(0, 256, (40, 36, 3), "uint8")
+                Image.fromarray(pixels).save(tmp_path / f"pets/{split}/{label}/{number}.png")
+    (tmp_path / "pets/train/cat/notes.txt").write_text("no picture")
+    model_flags = (*MODEL, "--num-classes=2")
+    flags = ["--batch-sizes=4", *QUICK, "--dataset=pets", "--export", "onnx-int8"]
+    done = run_latency(tmp_path, *flags, "--data-format=channels_first", model_flags=model_flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    items = read_all(tmp_path)
+    assert len(items) == 3 and {item["quality"]["test_images"] for item in items} == {12}
+    assert all(item["quality"]["test_accuracy"] is not None for item in items)
+    assert "not measured: quality" not in done.stdout
 
 
 # ---- the models by hand ------------------------------------------------------------------------
@@ -373,10 +495,9 @@ from peers import imagenet_jax
 
 found = {}
 for name in latency.NATIVE:
-    model = latency.MODELS[name]("channels_last")
-    forward, parameters = imagenet_jax.create_forward(
-        name, latency.IMAGENET_MEAN, latency.IMAGENET_VARIANCE, "float32"
-    )
+    moments = latency.list_moments("imagenet")
+    model = latency.MODELS[name]("channels_last", moments)
+    forward, parameters = imagenet_jax.create_forward(name, *moments, "float32")
     pixels = np.zeros((1, 224, 224, 3), "uint8")
     cost = jax.jit(forward).lower(pixels).cost_analysis()
     found[name] = [
