@@ -634,7 +634,8 @@ def _evaluate_constants(graph, known):
     """Split a traced graph into what depends on its first inputs alone and the rest.
 
     On a CPU kernels are put in the order that oneDNN multiplies them in, which it would otherwise
-    do in each call: a quarter of ResNet-50's time for one picture.
+    do in each call: a quarter of ResNet-50's time for one picture. What follows a convolution
+    number by number becomes a part of it.
 
     Args:
         graph: torch.fx.GraphModule of ATen operations that change none of their inputs.
@@ -661,11 +662,20 @@ def _evaluate_constants(graph, known):
             given = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*given[0], **given[1])
     unknown = [node for node in nodes if node not in values]
-    packed = {node for node in unknown if _can_pack(node, values)}
+    packed = [node for node in unknown if _can_pack(node, values)]
+    fused, ends, done = set(), {}, set()
+    for node in packed:
+        if node.target is torch.ops.aten.convolution.default:
+            chain, *found = _follow_convolution(node, values, fused)
+            fused.update(chain)
+            ends[chain[-1]] = (chain, *found)
     needed = [
         node
         for node in values
-        if any(u not in values and (u not in packed or u.args[1] is not node) for u in node.users)
+        if any(
+            u not in values and u not in fused and (u not in packed or u.args[1] is not node)
+            for u in node.users
+        )
     ]
     for node in needed:
         copies[node] = rest.placeholder(node.name)
@@ -674,13 +684,26 @@ def _evaluate_constants(graph, known):
             form = torch.channels_last if values[node].dim() == 4 else torch.contiguous_format
             values[node] = values[node].contiguous(memory_format=form)
     for node in unknown:
-        if node in packed:
-            copies[node] = rest.call_function(*_pack(node, values, copies))
+        if node in ends:
+            chain, scale, shift, other, is_rectified = ends[node]
+            into = copies.get(other)
+            if other is not None and not _is_free(other, ends, done | {*chain}):
+                into = rest.call_function(torch.ops.aten.clone.default, (into,))
+            given = scale, shift, into, is_rectified, values, copies
+            result = rest.call_function(*_pack_convolution(chain[0], *given))
+            copies[node] = result if into is None else into
+            done.update(chain)
+        elif node in fused:
+            continue
+        elif node in packed:
+            copies[node] = rest.call_function(*_pack_product(node, values, copies))
         else:
             copies[node] = rest.node_copy(node, copies.__getitem__)
             if node.target is torch.ops.aten.view.default:
                 # Of a convolution, whose channels may now come last in memory.
                 copies[node].target = torch.ops.aten.reshape.default
+            if node.target is torch.ops.aten.constant_pad_nd.default:
+                done.add(node)
     return torch.fx.GraphModule(graph, rest), [values[node] for node in needed]
 
 
@@ -696,7 +719,8 @@ def _can_pack(node, values):
         return False
     kernel = values[node.args[1]]
     if node.target is convolution:
-        fits = kernel.dim() == 4 and not node.args[6]  # which says that it is transposed
+        bias, is_transposed = node.args[2], node.args[6]
+        fits = kernel.dim() == 4 and not is_transposed and (bias is None or bias in values)
     else:  # one large enough to be worth a call from Python
         rows = math.prod(node.args[0].meta["val"].shape[:-1])
         fits = (kernel.dim() == 2 or len(kernel) == 1) and rows * kernel.numel() >= PACKED_PRODUCT
@@ -706,56 +730,127 @@ def _can_pack(node, values):
     return fits and kernel.device.type == "cpu" and kernel.dtype in dtypes
 
 
-def _pack(node, values, copies):
-    """Put the kernel of a node in order: a custom operation, and what it is to be given."""
-    x, kernel, *others = node.args
-    shape, kernel = list(x.meta["val"].shape), values[kernel]
-    place, size = len(_PACKED), list(node.meta["val"].shape)
-    if node.target is not torch.ops.aten.convolution.default:
-        kernel = kernel.reshape(kernel.shape[-2:]).t().contiguous()
-        rows = math.prod(shape[:-1])
-        _PACKED.append(torch.ops.mkldnn._reorder_linear_weight(kernel, rows))
-        return torch.ops.vit.multiply_packed.default, (copies[x], place, size)
-    bias, stride, padding, dilation, _, _, groups = others
+def _follow_convolution(node, values, taken):
+    """What comes after a convolution and nowhere else, and can be part of it: known numbers for
+    each channel, such as a bias and batch normalisation; then a sum with another tensor; then ReLU.
+
+    Args:
+        taken: nodes that are part of another convolution.
+
+    Returns:
+        (nodes, scale, shift, other, is_rectified): the nodes, the convolution first; what to
+        multiply it with and to add, (channels,) each; the node to add, or None.
+    """
+    aten, kernel, bias = torch.ops.aten, values[node.args[1]], node.args[2]
+    sums = (aten.add.Tensor, aten.add_.Tensor)
+    scale, shift = torch.ones(len(kernel)), torch.zeros(len(kernel))
+    shift, nodes = shift if bias is None else shift + values[bias], [node]
+    other, is_rectified = None, False
+    while kernel.dtype == torch.float32 and len(nodes[-1].users) == 1 and not is_rectified:
+        (user,) = nodes[-1].users
+        given = [part for part in user.args if part is not nodes[-1]]
+        if user in taken or user.kwargs:
+            break
+        if user.target in (aten.relu.default, aten.relu_.default):
+            is_rectified = True
+        elif other is not None or len(given) != 1 or not isinstance(given[0], torch.fx.Node):
+            break
+        elif given[0] not in values:
+            if user.target not in sums or given[0].meta["val"].shape != node.meta["val"].shape:
+                break
+            other = given[0]
+        else:
+            number = values[given[0]]
+            if user.args[0] in values or number.shape != (1, len(kernel), 1, 1):
+                break
+            number = number.reshape(-1)
+            if user.target in sums:
+                shift = shift + number
+            elif user.target in (aten.sub.Tensor, aten.sub_.Tensor):
+                shift = shift - number
+            elif user.target in (aten.mul.Tensor, aten.mul_.Tensor):
+                scale, shift = scale * number, shift * number
+            else:
+                break
+        nodes.append(user)
+    return nodes, scale, shift, other, is_rectified
+
+
+def _is_free(other, ends, done):
+    """Whether a sum may be written where `other` is: the result of another convolution, which none
+    but what is done reads, and that as it is, not as a view."""
+    return other in ends and all(user in done for user in other.users)
+
+
+def _pack_convolution(node, scale, shift, into, is_rectified, values, copies):
+    """Put the kernel of a convolution in order: a custom operation, and what it is to be given.
+
+    Args:
+        into: None, or a tensor of the new graph to which the result is added, where it is.
+    """
+    x, kernel, _, stride, padding, dilation, _, _, groups = node.args
+    edges = x.args[1] if x.target is torch.ops.aten.constant_pad_nd.default else []
+    if len(edges) == 4 and edges[0] == edges[1] == edges[2] == edges[3] and not any(x.args[2:]):
+        x, padding = x.args[0], [size + edges[0] for size in padding]
+    kernel = (values[kernel] * scale.reshape(-1, 1, 1, 1)).to(values[kernel].dtype)
     kernel = kernel.contiguous(memory_format=torch.channels_last)
-    given = padding, stride, dilation, groups, shape
-    _PACKED.append(torch.ops.mkldnn._reorder_convolution_weight(kernel, *given))
-    given = copies[x], place, copies.get(bias), size, stride, padding, dilation, groups
-    return torch.ops.vit.convolve_packed.default, given
+    given = padding, stride, dilation, groups
+    packed = torch.ops.mkldnn._reorder_convolution_weight(kernel, *given, list(x.meta["val"].shape))
+    operations = torch.ops.mkldnn
+    given, rectified = (packed, shift, *given), "relu" if is_rectified else None
+    place, size = len(_PACKED), list(node.meta["val"].shape)
+    if into is None:
+        convolve = operations._convolution_pointwise.default
+        _PACKED.append(lambda x: convolve(x, *given, rectified or "none", [], ""))
+        return torch.ops.vit.convolve_packed.default, (copies[x], place, size)
+    add = operations._convolution_pointwise_.binary
+    _PACKED.append(lambda x, other: add(other, x, *given, "add", 1.0, rectified, [], None))
+    return torch.ops.vit.convolve_into_packed.default, (copies[x], place, into)
+
+
+def _pack_product(node, values, copies):
+    """The same of a product."""
+    x, kernel = node.args
+    kernel = values[kernel].reshape(values[kernel].shape[-2:]).t().contiguous()
+    rows = math.prod(x.meta["val"].shape[:-1])
+    packed, multiply = (
+        torch.ops.mkldnn._reorder_linear_weight(kernel, rows),
+        torch.ops.mkldnn._linear_pointwise.default,
+    )
+    _PACKED.append(lambda x: multiply(x.contiguous(), packed, None, "none", [], ""))
+    given = copies[x], len(_PACKED) - 1, list(node.meta["val"].shape)
+    return torch.ops.vit.multiply_packed.default, given
 
 
 PACKED_PRODUCT = 20_000_000  # multiply-accumulates, half a millisecond
 
-# Kernels in oneDNN's order. A compiled graph names them by their place here: a tensor without
-# strides can be none of its inputs, and as a constant keeps it from inductor's cache.
+# Products by kernels in oneDNN's order. A compiled graph names them by their place here: a tensor
+# without strides can be none of its inputs, and as a constant keeps it from inductor's cache.
 _PACKED = []
 
 if BACKEND == "torch":
+    for _name in ("convolve_packed", "multiply_packed"):
+        torch.library.define(f"vit::{_name}", "(Tensor x, int place, int[] size) -> Tensor")
+        torch.library.impl(f"vit::{_name}", "CPU", lambda x, place, size: _PACKED[place](x))
     torch.library.define(
-        "vit::convolve_packed",
-        "(Tensor x, int place, Tensor? bias, int[] size, int[] stride, int[] padding,"
-        " int[] dilation, int groups) -> Tensor",
+        "vit::convolve_into_packed", "(Tensor x, int place, Tensor(a!) other) -> ()"
     )
-    torch.library.define("vit::multiply_packed", "(Tensor x, int place, int[] size) -> Tensor")
 
-    @torch.library.impl("vit::convolve_packed", "CPU")
-    def _convolve_packed(x, place, bias, size, stride, padding, dilation, groups):
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, _PACKED[place], bias, padding, stride, dilation, groups, "none", [], ""
-        )
-
-    @torch.library.impl("vit::multiply_packed", "CPU")
-    def _multiply_packed(x, place, size):
-        x = x.contiguous()
-        return torch.ops.mkldnn._linear_pointwise(x, _PACKED[place], None, "none", [], "")
+    @torch.library.impl("vit::convolve_into_packed", "CPU")
+    def _(x, place, other):
+        _PACKED[place](x, other)
 
     @torch.library.register_fake("vit::convolve_packed")
-    def _(x, place, bias, size, stride, padding, dilation, groups):
+    def _(x, place, size):
         return x.new_empty(size).contiguous(memory_format=torch.channels_last)
 
     @torch.library.register_fake("vit::multiply_packed")
     def _(x, place, size):
         return x.new_empty(size)
+
+    @torch.library.register_fake("vit::convolve_into_packed")
+    def _(x, place, other):
+        pass
 
 
 def _drop_garbage():

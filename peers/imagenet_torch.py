@@ -129,10 +129,11 @@ def create_forward(name, mean, variance, precision):
     mean = torch.tensor(mean, device=device).view(3, 1, 1)
     scale = torch.tensor(variance, device=device).view(3, 1, 1).rsqrt()
 
-    # On a GPU CUDA graphs; on a CPU weights that are constants, in the order of oneDNN's products.
-    how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"freezing": True}}
+    mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+    if mode is None:  # weights are constants, put once into the order of oneDNN's products
+        torch._inductor.config.freezing = True
 
-    @torch.compile(fullgraph=True, dynamic=False, **how)
+    @torch.compile(fullgraph=True, dynamic=False, mode=mode)
     def compute(pixels):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return model((pixels.permute(0, 3, 1, 2).float() - mean) * scale).float()
