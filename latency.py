@@ -350,6 +350,7 @@ if __name__ == "__main__":
     if len(CONFIG.list_rows()) > 1 and ROW is None and not CONFIG.list_models:
         ending.end_with(partial(measure_each, CONFIG))
     environment.keep_memory()
+    environment.set_variables()
     if CONFIG.keras_backend == "torch" and not environment.has_cuda():
         environment.precompile_header()
 

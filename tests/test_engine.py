@@ -371,6 +371,63 @@ def test_kernels_that_stay_are_put_in_order_once(tmp_path):
         assert max(differences) < 1e-6 and packed == 7 and found == hits
 
 
+RESIDUAL = """
+import json, numpy as np, keras
+from keras import layers
+from harness import engine
+
+keras.utils.set_random_seed(0)
+keras.config.set_image_data_format("channels_first")
+graphs, split = [], engine._evaluate_constants
+def keep(graph, known):
+    graphs.append(split(graph, known))
+    return graphs[-1]
+engine._evaluate_constants = keep
+
+def convolve(x, filters=8, size=3, **choices):
+    x = layers.Conv2D(filters, size, padding="same", **choices)(x)
+    return layers.BatchNormalization(axis=1)(x)
+
+inputs = keras.Input((4, 12, 12))
+stem = layers.ReLU()(convolve(inputs))
+x = layers.ReLU()(convolve(stem))
+x = layers.ReLU()(layers.Add()([convolve(x), stem]))  # into the stem's memory
+x = layers.ReLU()(layers.Add()([convolve(x, 6, size=1), convolve(x, 6)]))  # one by another
+summed = layers.Add()([convolve(x, 6), x])  # and x is read again: not into its memory
+summed = layers.Multiply()([summed, layers.GlobalAveragePooling2D(keepdims=True)(x)])
+turned = layers.Permute((1, 3, 2))(summed)
+summed = layers.Add()([convolve(turned, 6), turned])  # a view's
+x = layers.Add()([convolve(summed, 4), inputs])  # nor into what is given
+x = layers.Subtract()([inputs, convolve(x, 4, activation="gelu")])
+model = keras.Model(inputs, layers.Flatten()(layers.Conv2D(2, 3, strides=2, padding="same")(x)))
+for layer in model.layers:
+    if isinstance(layer, layers.BatchNormalization):
+        for variable in layer.variables:
+            variable.assign(np.random.default_rng(len(graphs)).uniform(0.5, 2, variable.shape))
+forward = engine.compile_forward(model, is_frozen=True)
+differences = []
+for seed in (0, 1, 1):
+    pixels = np.random.default_rng(seed).normal(size=(3, 4, 12, 12)).astype("float32")
+    given = keras.ops.convert_to_tensor(pixels.copy())
+    expected = model(pixels).detach().numpy()
+    differences.append(float(abs(forward(given).numpy() - expected).max() / abs(expected).max()))
+    differences.append(float(abs(given.numpy() - pixels).max()))
+nodes = graphs[-1][0].graph.nodes
+names = [str(node.target).split(".")[1] for node in nodes if node.op == "call_function"]
+told = ("convolve_packed", "convolve_into_packed", "clone", "relu", "mul_", "mul")
+print(json.dumps([differences, [names.count(name) for name in told]]))
+"""
+
+
+def test_what_follows_a_convolution_becomes_a_part_of_it(tmp_path):
+    """Batch normalisation, a sum and ReLU; a sum in place only where nobody reads what was there"""
+    differences, counts = run_code(tmp_path, "torch", RESIDUAL)
+    assert max(differences) < 1e-5
+    # copied are what is summed and read again, twice, what is given, and pixels to flatten them;
+    # what is normalised after GELU is scaled, and what is multiplied by the mean
+    assert counts == [5, 5, 4, 0, 1, 1]
+
+
 def test_a_cache_that_processors_share(tmp_path):
     """A home folder or a volume outlives the machine; inductor alone loads the other's graph."""
     code = """
