@@ -118,6 +118,9 @@ class ResNet50(nn.Module):
 
 
 MODELS = {"vit-b16": VisionTransformer, "resnet50": ResNet50}
+# On a CPU weights that are constants are put once into the order of their products: convolutions
+# gain a third by that, while a Vision Transformer's products lose a quarter.
+FREEZING = {"resnet50"}
 
 
 def create_forward(name, mean, variance, precision):
@@ -130,8 +133,7 @@ def create_forward(name, mean, variance, precision):
     scale = torch.tensor(variance, device=device).view(3, 1, 1).rsqrt()
 
     mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
-    if mode is None:  # weights are constants, put once into the order of oneDNN's products
-        torch._inductor.config.freezing = True
+    torch._inductor.config.freezing = mode is None and name in FREEZING
 
     @torch.compile(fullgraph=True, dynamic=False, mode=mode)
     def compute(pixels):
