@@ -71,6 +71,7 @@ from harness.ending import KILLED, OUT_OF_MEMORY
 from harness.record import (
     KEYS,
     RecordError,
+    append_loss,
     append_record,
     create_record,
     dig,
@@ -347,11 +348,9 @@ def measure_run(run, path, verbose, turn=None):
         status = "oom"
     elif found:
         error = f"its record has the id {found[-1]['id']} instead of VIT_RECORD_ID's"
-    record = create_record(run["kind"], id=run["id"], status=status, error=error, started=started)
-    record |= {"argv": run["command"], "backend": run["name"]}
-    record["notes"].append("precision: the run left no record")
-    append_record(path, record)
-    return record, interrupted
+    told = {"status": status, "error": error, "started": started}
+    told |= {"argv": run["command"], "backend": run["name"]}
+    return append_loss(path, run["kind"], id=run["id"], **told), interrupted
 
 
 def find_done(found):
@@ -653,8 +652,8 @@ def get_metric(record, key, target=None):
 
 # ---- From records to entries ---------------------------------------------------------------------
 
-NOT_WORK = "seed|wandb|path|dir|node|backend|run|project|entity|verbose"  # but drop_path is
-NOT_WORK = re.compile(rf"(?!drop_path$)(.*_)?({NOT_WORK})(_|$)")
+OTHERS = "seed|wandb|path|dir|node|backend|run|project|entity|verbose"
+NOT_WORK = re.compile(rf"(?!drop_path$)(.*_)?({OTHERS})(_|$)")
 NOT_SERVED = {"batch_size", "batch_sizes", "data_format", "native", "list_models"}
 NOT_SERVED |= {"runtime", "rows"}
 
@@ -732,8 +731,8 @@ def merge_batch(runs, comparison, repeat, item):
 
 
 def list_parts(run):
-    """The records of a run: one, or one a batch size"""
-    return list(run["batches"].values()) if "batches" in run else [run]
+    """{batch size: record} of a run of latency.py; of any other {None: itself}"""
+    return run.get("batches", {None: run})
 
 
 def match_pairs(entry, reference):
@@ -812,7 +811,10 @@ def collect_notes(entries):
     """The warnings in the records' notes (not the reasons of nulls), once each with a count, also
     where other numbers stand in them"""
     items = [
-        part for entry in entries for run in entry["runs"].values() for part in list_parts(run)
+        part
+        for entry in entries
+        for run in entry["runs"].values()
+        for part in list_parts(run).values()
     ]
     texts = collections.defaultdict(list)
     for item in items:
@@ -912,7 +914,7 @@ def create_report(found, config, warnings=()):
         f"{entry['label']} {repeat}{f', batch {size}' if size else ''}: {r['status']}: {r['error']}"
         for entry in entries
         for (_, repeat), run in entry["runs"].items()
-        for size, r in run.get("batches", {None: run}).items()
+        for size, r in list_parts(run).items()
         if r["status"] != "ok"
     ]
     report["conditions"] = []
@@ -1333,9 +1335,10 @@ def write_report(report, folder):
     pictures = {title: base64.b64encode(plot).decode() for title, plot in plots.items()}
     loader = jinja2.FileSystemLoader(ROOT / "harness")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)
+    used = {"show": show, "dig": dig, "list_parts": list_parts}
     for form in ("html", "md"):
         template = environment.get_template(f"compare_report.{form}.j2")
-        text = template.render(report=report, pictures=pictures, show=show, dig=dig)
+        text = template.render(report=report, pictures=pictures, **used)
         if form == "md":  # it has no tags with attributes, where alone quotes could do harm
             text = text.replace("&#39;", "'").replace("&#34;", '"')
         (folder / f"report.{form}").write_text(text, encoding="utf-8")

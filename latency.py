@@ -328,16 +328,14 @@ def describe_row(config, row):
 def note_loss(choices, path, name, code):
     """The record of a child that could not write one; also in the file."""
     killed = code == -9
-    report = record.create_record(
+    return record.append_loss(
+        path,
         "latency",
         id=name,
         status="oom" if killed else "error",
         error=ending.KILLED if killed else f"ended with exit code {code} before it wrote a record",
         config=choices,
-        notes=[f"{key}: the run left no record" for key in ("backend", "precision")],
     )
-    record.append_record(path, report)
-    return report
 
 
 if __name__ == "__main__":
@@ -350,7 +348,6 @@ if __name__ == "__main__":
     if len(CONFIG.list_rows()) > 1 and ROW is None and not CONFIG.list_models:
         ending.end_with(partial(measure_each, CONFIG))
     environment.keep_memory()
-    environment.set_variables()
     if CONFIG.keras_backend == "torch" and not environment.has_cuda():
         environment.precompile_header()
 

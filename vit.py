@@ -52,7 +52,7 @@ from harness.cli import (
 )
 
 PROCESS_STARTED = environment.find_start()
-if __name__ == "__main__":
+if __name__ == "__main__":  # once more from the start, before anything that takes time
     ending.end_at_once()
     environment.keep_memory()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too

@@ -1010,8 +1010,7 @@ def count_flops(model):
             continue
         inputs = keras.tree.flatten(layer.input)  # none of an input layer
         positions = math.prod(inputs[0].shape[1:-1]) if inputs else 0  # those of its parts, too
-        has_kernel = any(hasattr(layer, name) for name in ("kernel", "depthwise_kernel"))
-        if has_kernel and hasattr(layer, "data_format"):
+        if hasattr(layer, "data_format"):
             is_first = layer.data_format == "channels_first"
             positions = math.prod(layer.output.shape[2:] if is_first else layer.output.shape[1:-1])
         for part in layer._flatten_layers():

@@ -116,6 +116,7 @@ def precompile_header():
     """Before PyTorch's first compilation for a CPU, let another process do what that begins with:
     compiling a header, for seconds, which it does only once a step is traced and scheduled.
     """
+    set_variables()  # among them where compiled code lies
     if count_compiled("torch", is_compiled=True) == 0:
         quietly = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
         code = "import torch; torch.compile(torch.exp)(torch.ones(1024))"

@@ -77,10 +77,9 @@ def run_smaller(command, sizes, path, is_capped):
     if -code in kills:
         remedy = "lower --micro-batch-size" + (" or raise --memory-limit" if is_capped else "")
         error = f"out of memory: {remedy} (ended by {signal.Signals(-code).name})"
-        report = record.create_record("train", status="oom", error=error, argv=sys.argv)
-        report["id"] = os.environ.get("VIT_RECORD_ID") or report["id"]
-        report["notes"] = [f"{key}: the run left no record" for key in ("backend", "precision")]
-        record.append_record(path, report)
+        known = os.environ.get("VIT_RECORD_ID")
+        name = {"id": known} if known else {}
+        record.append_loss(path, "train", status="oom", error=error, **name)
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         return 3
     return code if code >= 0 else 128 - code

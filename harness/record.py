@@ -117,6 +117,15 @@ def create_record(kind, **fields):
     return record | {"started": started, "argv": list(sys.argv)} | fields
 
 
+def append_loss(path, kind, **fields):
+    """Append the record of a run that could write none itself, and return it. Raises OSError."""
+    report = create_record(kind, **fields)
+    missing = [key for key in ("backend", "precision") if report[key] is None]
+    report["notes"] = [f"{key}: the run left no record" for key in missing]
+    append_record(path, report)
+    return report
+
+
 def begin_record(kind, *, config, backend, precision, machine, gpu_name, versions, git):
     """A record with all that is known before a run; every figure of MEASURED is still null.
 

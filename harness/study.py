@@ -57,7 +57,10 @@ def read_sweep(path, fixed, leave_out):
         "parameters": (lambda got: isinstance(got, dict), "an object"),
         "run_cap": (lambda got: got is None or is_count(got), "a number of trials"),
         "command": (
-            lambda got: got is None or (isinstance(got, list) and MACROS >= set(list_macros(got))),
+            lambda got: (
+                got is None
+                or (isinstance(got, list) and all(w in MACROS for w in got if is_macro(w)))
+            ),
             f"a list of flags and {' '.join(sorted(MACROS))}",
         ),
     }
@@ -67,7 +70,7 @@ def read_sweep(path, fixed, leave_out):
         checks[f"early_terminate.{first}"] = (is_count, "a number of epochs")
         for name, least in (("eta", 2), ("s", 1)):
             checks[f"early_terminate.{name}"] = (
-                lambda got, least=least: got is None or (is_count(got) and got >= least),
+                lambda got, least=least: got is None or is_count(got, least),
                 f"a whole number of at least {least}",
             )
     for field, (accepts, expected) in checks.items():
@@ -93,17 +96,17 @@ def read_sweep(path, fixed, leave_out):
         if not is_count(number):
             got = json.dumps(number)
             raise BadInput(f"{path}: num_epochs: expected whole numbers above 0, got {got}")
-    flags = [str(word) for word in sweep.get("command") or () if not str(word).startswith("${")]
+    flags = [str(word) for word in sweep.get("command") or () if not is_macro(word)]
     return {**sweep, "space": space, "constants": constants, "flags": flags}
 
 
-def is_count(got):
-    return isinstance(got, int) and not isinstance(got, bool) and got > 0
+def is_count(got, least=1):
+    return isinstance(got, int) and not isinstance(got, bool) and got >= least
 
 
-def list_macros(command):
-    """What W&B's agent fills in, among the words of a sweep file's command"""
-    return [word for word in command if str(word).startswith("${")]
+def is_macro(word):
+    """Whether W&B's agent fills in this word of a sweep file's command"""
+    return str(word).startswith("${")
 
 
 def find(sweep, dotted):
