@@ -20,6 +20,8 @@ from scipy import stats
 
 import compare
 from harness import record as records
+from harness import report as reports
+from harness import verdict
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.timeout(120)]
 ROOT = Path(compare.__file__).parent
@@ -146,7 +148,7 @@ def pair_up(count=3, **torch_changes):
 
 
 def report_on(items, **fields):
-    return compare.create_report(items, compare.CompareConfig(**fields))
+    return verdict.create_report(items, compare.CompareConfig(**fields))
 
 
 @pytest.fixture
@@ -203,12 +205,12 @@ def result_file(folder):
 )
 def test_interval_of_few_pairs_is_their_range(values, low, high, coverage, different):
     reference = np.full(len(values), 2.0)
-    result = compare.compare_pairs(np.array(values) * 2, reference, "ratio")
+    result = verdict.compare_pairs(np.array(values) * 2, reference, "ratio")
     assert result["estimate"] == pytest.approx(np.median(values))
     assert (result["low"], result["high"]) == pytest.approx((low, high))
     assert (result["coverage"], result["different"]) == (coverage, different)
     assert bool(result["reason"]) == (low is None)
-    shifted = compare.compare_pairs(
+    shifted = verdict.compare_pairs(
         np.array(values) - 1 + 7, np.full(len(values), 7.0), "difference"
     )
     assert shifted["estimate"] == pytest.approx(np.median(values) - 1)
@@ -219,7 +221,7 @@ def test_the_range_covers_the_median_as_often_as_it_says():
     for pairs in (3, 5):
         samples = rng.lognormal(size=(4000, pairs))  # its median is 1
         ones = np.ones(pairs)
-        results = [compare.compare_pairs(sample, ones, "ratio") for sample in samples]
+        results = [verdict.compare_pairs(sample, ones, "ratio") for sample in samples]
         covered = np.mean([not result["different"] for result in results])
         assert covered == pytest.approx(results[0]["coverage"], abs=0.02)
 
@@ -227,7 +229,7 @@ def test_the_range_covers_the_median_as_often_as_it_says():
 def test_bootstrap_agrees_with_scipy():
     rng = np.random.default_rng(2)
     values, reference = rng.normal(1.2, 0.1, 15), rng.normal(1.0, 0.02, 15)
-    ours = compare.compare_pairs(values, reference, "ratio")
+    ours = verdict.compare_pairs(values, reference, "ratio")
     theirs = stats.bootstrap(
         (values / reference,), np.median, n_resamples=10_000, method="percentile", rng=3
     ).confidence_interval
@@ -237,14 +239,14 @@ def test_bootstrap_agrees_with_scipy():
     assert ours["low"] == pytest.approx(theirs.low, abs=spacing / 2)
     assert ours["high"] == pytest.approx(theirs.high, abs=spacing / 2)
     assert ours["coverage"] == 0.95
-    assert ours == compare.compare_pairs(values, reference, "ratio")  # seeded
+    assert ours == verdict.compare_pairs(values, reference, "ratio")  # seeded
 
 
 def test_break_even():
-    assert compare.find_break_even(10, 2, 4, 3) == 6  # 10 + 6 * 2 == 4 + 6 * 3
-    assert compare.find_break_even(4, 3, 10, 2) == 6
-    assert compare.find_break_even(4, 2, 10, 3) is None
-    assert compare.find_break_even(4, 2, 4, 3) is None
+    assert verdict.find_break_even(10, 2, 4, 3) == 6  # 10 + 6 * 2 == 4 + 6 * 3
+    assert verdict.find_break_even(4, 3, 10, 2) == 6
+    assert verdict.find_break_even(4, 2, 10, 3) is None
+    assert verdict.find_break_even(4, 2, 4, 3) is None
 
 
 def test_hand_computed_report():
@@ -259,7 +261,7 @@ def test_hand_computed_report():
     epochs = (12 - 6) / (1000 / 302 - 1000 / 402)
     assert report["break_even"][1] == (
         pytest.approx(epochs),
-        f"ahead until {compare.show(epochs)} epochs",
+        f"ahead until {verdict.show(epochs)} epochs",
     )
     assert report["cells"]["device_peak_mib"][0]["reason"].endswith("no statistics on the CPU")
     assert report["cells"]["joules_per_image"][0]["reason"].endswith("no power sensor")
@@ -435,7 +437,7 @@ def test_the_report_carries_the_line_of_parity(bench):
     report = report_on(add_parity(pair_up(), quality=quality))
     assert report["parity"] == "parity: jax and torch compute the same"
     assert not report["warnings"] and "unequal" not in report["sentence"]
-    compare.write_report(report, bench / "out")
+    reports.write_report(report, bench / "out")
     for form in ("md", "html"):
         assert report["parity"] in (bench / f"out/report.{form}").read_text()
 
@@ -522,7 +524,7 @@ def test_serving_is_reported_by_batch_size(bench):
     assert report["sentence"].endswith(
         "; batch 8: torch serves 2.00 times as many images/s as jax (2.00–2.00)"
     )
-    compare.write_report(report, bench / "out")
+    reports.write_report(report, bench / "out")
     page = (bench / "out/report.html").read_text()
     assert page.count("<img") == 4 and "batch 8: images/s" in page
     assert "torch, batch 8</th><td>ok</td><td>–</td><td>400</td>" in page
@@ -540,7 +542,7 @@ def test_a_logarithmic_axis_has_plain_numbers(low, high, ticks):
 
     figure = Figure()
     axes = figure.add_subplot(xscale="log", xlim=(low, high))
-    compare.number_log_axis(axes.xaxis)
+    reports.number_log_axis(axes.xaxis)
     figure.draw_without_rendering()
     shown = [label.get_text() for label in axes.get_xticklabels()]
     assert {str(tick) for tick in ticks} <= set(shown)
@@ -622,7 +624,7 @@ def test_two_machines_side_by_side(bench, capsys):
         item["id"] = item["id"].replace("0a1b", "ffff")
     theirs = write_file(bench / "b.jsonl", theirs)
     assert run_main(ours, theirs) == 0
-    assert compare.group_records(records.read_records(theirs)[0])[0]["label"] == "torch"
+    assert verdict.group_records(records.read_records(theirs)[0])[0]["label"] == "torch"
     shown = capsys.readouterr().out
     assert "torch @ orin" in shown and "jax @ box" in shown and "different machines" in shown
 
