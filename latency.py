@@ -347,6 +347,7 @@ if __name__ == "__main__":
         check_writable(export_path=CONFIG.export_path / "file")
     if len(CONFIG.list_rows()) > 1 and ROW is None and not CONFIG.list_models:
         ending.end_with(partial(measure_each, CONFIG))
+    ending.end_at_once()
     environment.keep_memory()
     if CONFIG.keras_backend == "torch" and not environment.has_cuda():
         environment.precompile_header()

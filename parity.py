@@ -298,6 +298,7 @@ if __name__ == "__main__":
         sys.exit(main(CONFIG, FLAGS, MODEL_FLAGS))
     check_writable(observed=CONFIG.observed)
     os.environ["KERAS_BACKEND"] = CONFIG.backends[0]
+    ending.end_at_once()
     environment.keep_memory()
 
 import latency  # noqa: E402

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness import environment
+from harness import ending, environment
 
 if __name__ == "__main__":
+    ending.end_at_once()
     environment.read_dotenv()
     environment.keep_memory()
 

@@ -339,7 +339,8 @@ def read_pictures(splits, in_memory, max_unreadable):
         left out.
 
     Raises:
-        DataError: more than max_unreadable, or all of a split; the arrays are too large.
+        DataError: more than max_unreadable, all of a split or of a class to train on; the arrays
+            are too large.
     """
     total, size = sum(len(images) for images, _ in splits), splits[0][0].size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -383,6 +384,9 @@ def read_pictures(splits, in_memory, max_unreadable):
                 print(f"left out: {problem}", file=sys.stderr)
             if len(images) and not readable:
                 raise DataError(f"dataset: none of {len(images)} pictures of a split can be read")
+            if not found and len(lost := np.setdiff1d(labels, labels[readable])):  # in training
+                place = os.path.dirname(os.fsdecode(images.paths[labels == lost[0]][0]))
+                raise DataError(f"dataset: none of the pictures in {place} can be read")
             found.append((Pictures(images.paths[readable], size, counts), labels[readable]))
             decoded.append(array[: len(readable)])
     return found, decoded, problems

@@ -10,6 +10,7 @@ are updated in place; on TensorFlow XLA compiles gradients and update.
 import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import platform
 import resource
@@ -1004,16 +1005,19 @@ def count_flops(model):
     multiplies (queries, keys) and (scores, values).
     """
     flops = 0
-    for layer in model.layers:
+    graph = getattr(model, "_functional", model)  # a Sequential's own
+    for node in itertools.chain(*graph._nodes_by_depth.values()):  # one for each use of a layer
+        layer, inputs, outputs = node.operation, node.input_tensors, node.outputs
         if isinstance(layer, keras.Model):
             flops += count_flops(layer)
             continue
-        inputs = keras.tree.flatten(layer.input)  # none of an input layer
         positions = math.prod(inputs[0].shape[1:-1]) if inputs else 0  # those of its parts, too
         if hasattr(layer, "data_format"):
             is_first = layer.data_format == "channels_first"
-            positions = math.prod(layer.output.shape[2:] if is_first else layer.output.shape[1:-1])
-        for part in layer._flatten_layers():
+            shape = outputs[0].shape
+            positions = math.prod(shape[2:] if is_first else shape[1:-1])
+        parts = layer._flatten_layers() if isinstance(layer, keras.Layer) else ()
+        for part in parts:
             # Separable and depthwise convolutions have kernels of their own names.
             for name in ("kernel", "depthwise_kernel", "pointwise_kernel"):
                 kernel = getattr(part, name, None)

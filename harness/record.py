@@ -395,9 +395,8 @@ def append_record(path, record):
                 raise OSError(errno.ENOSPC, "the record did not fit", str(path))
             os.fsync(file)
         except OSError:
-            with suppress(
-                OSError
-            ):  # the first error is the one to tell; a torn line is healed above
+            # The first error is the one to tell; a torn line is healed above.
+            with suppress(OSError):
                 os.ftruncate(file, size)
             raise
     finally:

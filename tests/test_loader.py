@@ -123,6 +123,14 @@ def test_unreadable_files_are_named_counted_and_left_out(folder, capfd):
         load(folder, max_unreadable=1)
 
 
+def test_a_class_of_which_no_file_can_be_read_is_named(folder):
+    place = folder / "train" / "cat"
+    for path in place.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(data.DataError, match=f"none of the pictures in {place} can be read"):
+        load(folder, max_unreadable=100, validation_split=0)
+
+
 @pytest.mark.parametrize("how", ["jax resident", "jax torch", "torch resident"])
 def test_a_run_on_a_folder_with_a_broken_file(folder, how):
     backend, loader = how.split()

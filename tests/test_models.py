@@ -92,6 +92,20 @@ print(json.dumps(counts))
 """
 
 
+SHARED = """
+import keras
+from harness import engine
+first, second = keras.Input((8,)), keras.Input((8,))
+dense, block = keras.layers.Dense(4), keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+total = block(dense(first)) + block(dense(second))
+print(engine.count_flops(keras.Model([first, second], total)))
+"""
+
+
+def test_a_layer_that_is_used_twice_counts_twice(tmp_path):
+    assert run_code(tmp_path, "jax", SHARED) == 2 * 2 * (8 * 4 + 4 * 3)
+
+
 def test_parameters_and_flops_are_the_literatures(tmp_path):
     """Parameters as DeiT's and ViT's papers and timm's models have them (6 more are the pixels'
     mean and variance); ViT-B/16 has 17.6 G multiply-accumulates, DeiT-Ti 1.3 and DeiT-S 4.6."""

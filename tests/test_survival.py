@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -395,9 +396,19 @@ def test_an_allocator_that_aborts_under_a_limit_leaves_a_record(tmp_path):
     assert item["status"] == "oom" and "or raise --memory-limit" in item["error"]
 
 
-def test_ctrl_c_before_a_run_begins_leaves_no_trace(tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("vit.py", *SMALL),
+        ("pretrain.py", *SMALL),
+        ("latency.py", "--batch-sizes=1"),
+        ("parity.py", "--backends", "jax", "--observed=it.npz"),
+    ],
+    ids=itemgetter(0),
+)
+def test_ctrl_c_before_a_run_begins_leaves_no_trace(tmp_path, command):
     (tmp_path / "keras.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    done = run_vit(tmp_path, *SMALL, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_python(tmp_path, ROOT / command[0], *command[1:], PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
