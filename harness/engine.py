@@ -705,6 +705,9 @@ def _evaluate_constants(graph, known):
                 copies[node].target = torch.ops.aten.reshape.default
             if node.target is torch.ops.aten.constant_pad_nd.default:
                 done.add(node)
+            if node.target is torch.ops.aten.max_pool2d_with_indices.default:
+                copies[node].args = _pad_in_pool(node, ends, copies)
+    _join_convolutions(rest)
     return torch.fx.GraphModule(graph, rest), [values[node] for node in needed]
 
 
@@ -783,6 +786,26 @@ def _is_free(other, ends, done):
     return other in ends and all(user in done for user in other.users)
 
 
+def _peel_zeros(node):
+    """(what a node pads with zeros, how many on each side), or the node itself and 0."""
+    edges = node.args[1] if node.target is torch.ops.aten.constant_pad_nd.default else []
+    if len(edges) == 4 and len({*edges}) == 1 and not any(node.args[2:]):
+        return node.args[0], edges[0]
+    return node, 0
+
+
+def _pad_in_pool(node, ends, copies):
+    """The arguments of the new graph's max pooling, which itself pads what ReLU has left, instead
+    of reading a padded copy: around that zeros change as little as its minus infinity."""
+    x, margin = _peel_zeros(node.args[0])
+    kernel, *others = node.args[1:]
+    is_rectified = x in ends and ends[x][-1]
+    reads_indices = any(u.args[1] and u.users for u in node.users)  # beside the largest
+    if is_rectified and 0 < 2 * margin <= min(kernel) and len(others) == 1 and not reads_indices:
+        return copies[x], kernel, *others, [margin, margin]
+    return copies[node.args[0]], kernel, *others
+
+
 def _pack_convolution(node, scale, shift, into, is_rectified, values, copies):
     """Put the kernel of a convolution in order: a custom operation, and what it is to be given.
 
@@ -790,9 +813,8 @@ def _pack_convolution(node, scale, shift, into, is_rectified, values, copies):
         into: None, or a tensor of the new graph to which the result is added, where it is.
     """
     x, kernel, _, stride, padding, dilation, _, _, groups = node.args
-    edges = x.args[1] if x.target is torch.ops.aten.constant_pad_nd.default else []
-    if len(edges) == 4 and edges[0] == edges[1] == edges[2] == edges[3] and not any(x.args[2:]):
-        x, padding = x.args[0], [size + edges[0] for size in padding]
+    x, margin = _peel_zeros(x)
+    padding = [size + margin for size in padding]
     kernel = (values[kernel] * scale.reshape(-1, 1, 1, 1)).to(values[kernel].dtype)
     kernel = kernel.contiguous(memory_format=torch.channels_last)
     given = padding, stride, dilation, groups
@@ -807,6 +829,27 @@ def _pack_convolution(node, scale, shift, into, is_rectified, values, copies):
     add = operations._convolution_pointwise_.binary
     _PACKED.append(lambda x, other: add(other, x, *given, "add", 1.0, rectified, [], None))
     return torch.ops.vit.convolve_into_packed.default, (copies[x], place, into)
+
+
+def _join_convolutions(graph):
+    """Make convolutions of which one directly follows the other one operation: each that a compiled
+    graph calls goes through Python."""
+    follow = (torch.ops.vit.convolve_packed.default, torch.ops.vit.convolve_into_packed.default)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        first = node.prev
+        if first.target is follow[0] and node.target in follow and [*first.users] == [node]:
+            x, place, *others = node.args
+            if first is x and first not in others:
+                node.args = first.args[0], _compose(first.args[1], place), *others
+                graph.erase_node(first)
+
+
+def _compose(first, second):
+    """The place of two convolutions, one after the other."""
+    first, second = _PACKED[first], _PACKED[second]
+    _PACKED.append(lambda x, *other: second(first(x), *other))
+    return len(_PACKED) - 1
 
 
 def _pack_product(node, values, copies):

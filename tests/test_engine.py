@@ -399,6 +399,8 @@ turned = layers.Permute((1, 3, 2))(summed)
 summed = layers.Add()([convolve(turned, 6), turned])  # a view's
 x = layers.Add()([convolve(summed, 4), inputs])  # nor into what is given
 x = layers.Subtract()([inputs, convolve(x, 4, activation="gelu")])
+for y in (layers.ReLU()(convolve(inputs, 4)), convolve(inputs, 4)):  # the second's zeros may win
+    x = layers.Add()([x, layers.MaxPooling2D(3, strides=1)(layers.ZeroPadding2D(1)(y))])
 model = keras.Model(inputs, layers.Flatten()(layers.Conv2D(2, 3, strides=2, padding="same")(x)))
 for layer in model.layers:
     if isinstance(layer, layers.BatchNormalization):
@@ -413,8 +415,9 @@ for seed in (0, 1, 1):
     differences.append(float(abs(forward(given).numpy() - expected).max() / abs(expected).max()))
     differences.append(float(abs(given.numpy() - pixels).max()))
 nodes = graphs[-1][0].graph.nodes
-names = [str(node.target).split(".")[1] for node in nodes if node.op == "call_function"]
+names = [f"{node.target}.".split(".")[1] for node in nodes if node.op == "call_function"]
 told = ("convolve_packed", "convolve_into_packed", "clone", "relu", "mul_", "mul")
+told += ("constant_pad_nd",)
 print(json.dumps([differences, [names.count(name) for name in told]]))
 """
 
@@ -424,8 +427,9 @@ def test_what_follows_a_convolution_becomes_a_part_of_it(tmp_path):
     differences, counts = run_code(tmp_path, "torch", RESIDUAL)
     assert max(differences) < 1e-5
     # copied are what is summed and read again, twice, what is given, and pixels to flatten them;
-    # what is normalised after GELU is scaled, and what is multiplied by the mean
-    assert counts == [5, 5, 4, 0, 1, 1]
+    # what is normalised after GELU is scaled, and what is multiplied by the mean; padded are the
+    # last convolution, on two sides, and the pooling of what may be below zero
+    assert counts == [6, 5, 4, 0, 1, 1, 2]
 
 
 def test_a_cache_that_processors_share(tmp_path):
