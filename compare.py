@@ -49,7 +49,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import tracking
-from harness.cli import list_flags, split_words
+from harness.cli import BadInput, list_flags, split_words
 from harness.ending import KILLED, OUT_OF_MEMORY
 from harness.record import (
     RecordError,
@@ -60,7 +60,7 @@ from harness.record import (
     read_records,
 )
 from harness.report import print_report, write_report
-from harness.verdict import BadInput, check_reference, create_report, parse_id, show
+from harness.verdict import check_reference, create_report, parse_id, show
 
 ROOT = Path(__file__).resolve().parent
 SUBJECTS = {  # name: (module and pip extra, {image} of the launcher, program; None is --script)

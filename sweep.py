@@ -47,7 +47,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Column, Table
 
-from harness.cli import fail, list_flags, parse_split
+from harness.cli import BadInput, fail, list_flags, parse_split
 from harness.ending import KILLED
 from harness.record import RecordError, dig, read_records, reason_for
 
@@ -56,7 +56,6 @@ try:
     from optuna.trial import TrialState
 
     from harness import study as studies
-    from harness.study import BadInput
 except ModuleNotFoundError as error:  # the only command that needs them
     fail(f"{error.name} is not installed: pip install '.[sweep]'")
 

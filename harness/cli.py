@@ -52,6 +52,10 @@ ACCEPTED = {  # field of a configuration: (whether a value is possible, what is 
 }
 
 
+class BadInput(Exception):
+    """One line for the user: what was expected, what came, what to do. Exit status 2."""
+
+
 class ConfigError(Exception):
     """An impossible value, in one line: expected and got. (tyro would frame a ValueError.)"""
 

@@ -802,8 +802,10 @@ def _pad_in_pool(node, ends, copies):
     is_rectified = x in ends and ends[x][-1]
     reads_indices = any(u.args[1] and u.users for u in node.users)  # beside the largest
     if is_rectified and 0 < 2 * margin <= min(kernel) and len(others) == 1 and not reads_indices:
-        return copies[x], kernel, *others, [margin, margin]
-    return copies[node.args[0]], kernel, *others
+        others.append([margin, margin])
+    else:
+        x = node.args[0]
+    return copies[x], kernel, *others
 
 
 def _pack_convolution(node, scale, shift, into, is_rectified, values, copies):
@@ -835,7 +837,7 @@ def _join_convolutions(graph):
     """Make convolutions of which one directly follows the other one operation: each that a compiled
     graph calls goes through Python."""
     follow = (torch.ops.vit.convolve_packed.default, torch.ops.vit.convolve_into_packed.default)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code()  # padding, between them, that they do themselves
     for node in graph.nodes:
         first = node.prev
         if first.target is follow[0] and node.target in follow and [*first.users] == [node]:
@@ -1054,13 +1056,14 @@ def count_flops(model):
         if isinstance(layer, keras.Model):
             flops += count_flops(layer)
             continue
+        if not isinstance(layer, keras.Layer):
+            continue  # an operation, which has no kernels
         positions = math.prod(inputs[0].shape[1:-1]) if inputs else 0  # those of its parts, too
         if hasattr(layer, "data_format"):
             is_first = layer.data_format == "channels_first"
             shape = outputs[0].shape
             positions = math.prod(shape[2:] if is_first else shape[1:-1])
-        parts = layer._flatten_layers() if isinstance(layer, keras.Layer) else ()
-        for part in parts:
+        for part in layer._flatten_layers():
             # Separable and depthwise convolutions have kernels of their own names.
             for name in ("kernel", "depthwise_kernel", "pointwise_kernel"):
                 kernel = getattr(part, name, None)

@@ -14,6 +14,8 @@ import optuna
 import sqlalchemy.exc
 from optuna.trial import TrialState
 
+from harness.cli import BadInput
+
 # Heartbeats and constraints; without Optuna's word that they may change one day.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 HEARTBEAT, GRACE = 10, 60  # seconds between signs of life, and until a worker counts as dead
@@ -29,10 +31,6 @@ COSTS = (("seconds", "seconds of training", 1), ("peak_bytes", "peak MiB", 2**20
 # Optuna's traces of a Pareto front from the last, each by one colour instead of trials' numbers.
 FRONT = (("on the front", "#D55E00"), ("not on it", "#0072B2"), ("over budget", "#BBBBBB"))
 UNREACHABLE = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
-
-
-class BadInput(Exception):
-    """One line for the user: what was expected, what came, what to do."""
 
 
 def read_sweep(path, fixed, leave_out):

@@ -25,13 +25,8 @@ import urllib.parse
 
 import numpy as np
 
-from harness.cli import list_flags
+from harness.cli import BadInput, list_flags
 from harness.record import KEYS, dig, reason_for
-
-
-class BadInput(Exception):
-    """One line for the user: what was expected, what came, what to do. Exit status 2."""
-
 
 # ---- Statistics ----------------------------------------------------------------------------------
 
