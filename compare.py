@@ -27,7 +27,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import operator
 import os
 import platform
 import re
@@ -92,7 +91,7 @@ class CompareConfig:
     repeats: int = 3  # runs of each entry; an interval needs 3
     reference: str = ""  # entry that the others are compared with (default: the first)
     cool_down: float = 0.0  # seconds to wait between runs
-    start_together: bool = False  # a repeat's runs compile at once, and are measured in turn
+    start_together: int = 1  # so many runs compile at once, and are measured in turn
     results_path: Path | None = None  # file of the runs (default: results/compare-ID.jsonl)
     resume: bool = False  # go on with the newest comparison that this command began
     dry_run: bool = False  # print the commands in their order
@@ -360,10 +359,10 @@ def measure(plan, path, config, console):
     todo = [run for run in plan if run["id"] not in done]
     console.print(f"{len(todo)} runs of {len(plan)} to do, into {path}")
     results = (measure_run(run, path, config.verbose) for run in todo)
-    if config.start_together:
-        repeats = itertools.groupby(todo, operator.itemgetter("repeat"))
+    if (size := config.start_together) > 1:
+        groups = (todo[first : first + size] for first in range(0, len(todo), size))
         results = itertools.chain.from_iterable(
-            measure_together(list(runs), path, config) for _, runs in repeats
+            measure_together(runs, path, config) for runs in groups
         )
     durations = collections.defaultdict(list)
     for index, run in enumerate(todo):
@@ -536,7 +535,9 @@ def run_comparison(config, work, console):
     if fixed := list_flags(work) & {"results-path", "keras-backend"}:
         raise BadInput(f"--{min(fixed)} cannot stand after --; use --results-path or --backends")
     entries = choose_entries(config)
-    if config.start_together and (config.launcher or serves(config) or config.find_memory):
+    if config.start_together < 1:
+        raise BadInput(f"expected --start-together of at least 1, got {config.start_together}")
+    if config.start_together > 1 and (config.launcher or serves(config) or config.find_memory):
         raise BadInput("--start-together: expected runs of vit.py without --launcher")
     if config.find_memory:
         found = {
