@@ -348,7 +348,7 @@ def train(model, optimizer, pixels, labels):
     training = engine.compile_train_steps(model)
     training.load(pixels.reshape(-1, *pixels.shape[2:]), labels.reshape(-1))
     order = np.arange(labels.size, dtype="int32").reshape(len(labels), 1, -1)
-    losses = [to_float(training.run(order[step : step + 1], {}))[0] for step in range(len(labels))]
+    losses = [training.run(order[step : step + 1], {})()[0] for step in range(len(labels))]
     training.sync()
     return np.array(losses)
 

@@ -674,15 +674,22 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
     evaluate = partial(engine.evaluate, model, forward, batch_size=at_once)
     progress = Progress(config.num_epochs, steps, is_shown=config.verbose)
     callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=config.num_epochs)
+
+    def plan(epoch):
+        """Which pictures are in each part of a batch, (steps, parts, images), and their draws."""
+        order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
+        order = order[: steps * config.batch_size].reshape(steps, -1, config.micro_batch_size)
+        draws = draw(epoch) if draw else {}
+        return order, {
+            name: drawn[: order.size].reshape(*order.shape, *drawn.shape[1:])
+            for name, drawn in draws.items()
+        }
+
+    planned = None
     callbacks.on_train_begin()
     for epoch in range(done, config.num_epochs):
         callbacks.on_epoch_begin(epoch)
-        order = data.epoch_order(len(dataset.x_train), config.seed, epoch)
-        order = order[: steps * config.batch_size].reshape(steps, -1, config.micro_batch_size)
-        draws = {
-            name: drawn[: order.size].reshape(*order.shape, *drawn.shape[1:])
-            for name, drawn in (draw(epoch) if draw else {}).items()
-        }
+        order, draws = planned or plan(epoch)
         running = None
         progress.show(epoch, 0, running)
         if not is_resident:  # a batch is all that lies on the device
@@ -703,11 +710,12 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
                 progress.show(epoch, first, running)
                 running = losses
                 ending.check()
+        planned = plan(epoch + 1) if epoch + 1 < config.num_epochs else None  # meanwhile
         training.sync()
         progress.show(epoch, steps, running)
         logs = {name: float(value) for name, value in model.get_metrics_result().items()}
-        model.reset_metrics()
         callbacks.on_test_begin()
+        model.reset_metrics()
         if len(dataset.x_validation):
             results = evaluate(dataset.x_validation, dataset.y_validation)
             logs |= {f"val_{name}": value for name, value in results.items()}

@@ -201,12 +201,12 @@ def compile_train_steps(model, augment=None):
     Returns:
         An object with three methods. load(images, labels) puts pictures on the device, instead of
         those before: uint8 (n, height, width, channels), NumPy or PyTorch, and int32 (n,), NumPy.
-        run(order, draws) trains a step per row and returns the epoch's running mean of the loss
-        after each, (steps,), on the device and not waited for; order: int32 (steps, parts, images)
-        indices of the pictures; draws: arrays (steps, parts, images, ...), a dict. A batch is
-        computed part by part; the step is that of the mean of its parts' gradients, so that memory
-        for one part is enough. sync() brings the model's variables up to date, for whoever reads or
-        writes them between runs.
+        run(order, draws) trains a step per row, which on a GPU it does not wait for, and returns a
+        function that does, and gives the epoch's running mean of the loss after each, NumPy
+        (steps,); order: int32 (steps, parts, images) indices of the pictures; draws: arrays (steps,
+        parts, images, ...), a dict. A batch is computed part by part; the step is that of the mean
+        of its parts' gradients, so that memory for one part is enough. sync() brings the model's
+        variables up to date, for whoever reads or writes them between runs.
     """
     training = {"jax": _JaxTraining, "torch": _TorchTraining, "tensorflow": _TensorFlowTraining}
     return training[BACKEND](model, augment)
@@ -377,7 +377,7 @@ class _JaxTraining:
             jax.clear_caches()  # of what was traced: 0.1 GB
             _drop_garbage()
         self.state, losses = self.compiled(*arguments)
-        return losses
+        return partial(np.asarray, losses)
 
     def sync(self):
         for variables, values in zip(self._variables(), self.state or ()):
@@ -453,7 +453,7 @@ class _TorchTraining:
             rates = self.list_rates(len(order)) if self.list_rates else ()
             given = (*keras.tree.map_structure(_send, (order, draws)), rates)
             rows = (keras.tree.map_structure(itemgetter(n), given) for n in range(len(order)))
-            return torch.stack([self.step(*row) for row in rows])
+            return _read_later(torch.stack([self.step(*row) for row in rows]))
 
     def _step(self, order, draws, rates):
         """A step on a batch in parts: indices (parts, images), draws of as many, its rates, if any.
@@ -517,7 +517,7 @@ class _TensorFlowTraining:
                 sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients)]
             self.update(sums)
             losses.append(loss)
-        return tf.stack(losses)
+        return tf.stack(losses).numpy
 
     def sync(self):
         """Nothing to do: the variables are changed in place."""
@@ -999,6 +999,21 @@ def _send(array):
         return keras.ops.convert_to_tensor(array)
     copy = torch.from_numpy(np.array(array, order="C"))  # another order would be kept, and not fit
     return copy.pin_memory().to("cuda", non_blocking=True)
+
+
+def _read_later(tensor):
+    """A function that waits for a tensor, and gives it as a NumPy array. A GPU copies it to the
+    host now: a copy asked for later would come after all that it is given until then."""
+    if not on_gpu():
+        return tensor.numpy
+    copy, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read():
+        done.synchronize()
+        return copy.numpy()
+
+    return read
 
 
 def _capture(function):

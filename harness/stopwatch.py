@@ -198,11 +198,11 @@ class Progress:
     def __init__(self, epochs, steps, is_shown):
         self.epochs, self.steps, self.is_shown = epochs, steps, is_shown and sys.stderr.isatty()
 
-    def show(self, epoch, step, losses):
-        """losses: the running mean of the loss up to `step`, (steps of a call,), or None yet."""
+    def show(self, epoch, step, read):
+        """read: gives the running mean of the loss up to `step`, (steps of a call,); None yet."""
         state = "compiling ..." if epoch == 0 else ""
-        if losses is not None:
-            losses = [float(loss) for loss in losses]
+        if read is not None:
+            losses = read().tolist()
             bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
             if bad is not None:
                 step += bad + 1 - len(losses)

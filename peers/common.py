@@ -285,24 +285,29 @@ def train(peer, config, dataset, report):
         meter=telemetry.create_energy_meter(device=report["device"]["kind"]),
         report=partial(print, flush=True) if config.verbose else lambda line: None,
     )
+
+    def plan(epoch):
+        count, seeds = len(dataset.x_train), (config.seed, epoch)
+        order = data.epoch_order(count, *seeds)[:used]
+        order, maps = order.reshape(steps, -1, config.micro_batch_size), None
+        if config.augment:
+            maps = augment.draw_affine(count, *seeds, config.rotation, config.zoom)
+            if config.crop_padding:
+                maps = augment.draw_crop(maps, *seeds, config.crop_padding)
+            maps = maps[:used].reshape(*order.shape, *maps.shape[1:])
+        return order, maps
+
+    planned = None
     try:
         for epoch in range(config.num_epochs):
             stopwatch.begin_epoch()
-            order = data.epoch_order(len(dataset.x_train), config.seed, epoch)[:used]
-            order, maps = order.reshape(steps, -1, config.micro_batch_size), None
-            if config.augment:
-                seeds = config.seed, epoch
-                maps = augment.draw_affine(
-                    len(dataset.x_train), *seeds, config.rotation, config.zoom
-                )
-                if config.crop_padding:
-                    maps = augment.draw_crop(maps, *seeds, config.crop_padding)
-                maps = maps[:used].reshape(*order.shape, *maps.shape[1:])
+            order, maps = planned or plan(epoch)
             peer.begin_epoch(order, maps, rates[epoch])
             for first in range(0, steps, per_call):
                 peer.run(slice(first, first + per_call))
                 if epoch == first == 0:
                     stopwatch.end_first_call(order[:per_call].size)
+            planned = plan(epoch + 1) if epoch + 1 < config.num_epochs else None  # meanwhile
             results = peer.read_epoch()
             stopwatch.end_training()
             if has_validation:

@@ -40,7 +40,7 @@ def train(model, order, apply=None, draws=None, parts=2, at_once=1):
         rows = slice(row, row + at_once)
         pictures = {name: split(drawn[rows], parts) for name, drawn in (draws or {}).items()}
         found = training.run(split(order[rows], parts), pictures)
-        losses += [float(value) for value in found]
+        losses += found().tolist()
     training.sync()
     return losses, training
 
@@ -112,7 +112,7 @@ training, one_by_one = engine.compile_train_steps(loaded), []
 for rows in order:  # as a loader does
     training.load(x[rows], y[rows])
     found = training.run(np.arange(20, dtype="int32").reshape(1, 1, 20), {})
-    one_by_one += [float(value) for value in found]
+    one_by_one += found().tolist()
 forward = engine.compile_forward(plain)
 ours = engine.evaluate(plain, forward, x[:130], y[:130], 50)
 keras_own = plain.evaluate(x[:130], y[:130], batch_size=130, verbose=0, return_dict=True)
