@@ -720,7 +720,8 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
             results = evaluate(dataset.x_validation, dataset.y_validation)
             logs |= {f"val_{name}": value for name, value in results.items()}
         callbacks.on_epoch_end(epoch, logs)
-        engine.return_memory()
+        if not engine.on_gpu():  # of which the host's memory is a small part
+            engine.return_memory()
         if model.stop_training:
             break
     callbacks.on_train_end()
