@@ -108,7 +108,8 @@ def read_conditions(root="/"):
 
     on_battery: no charger is connected. clocks in MHz: the fastest CPU core's, the limit in force,
     the GPU's (a Jetson's from devfreq). throttle_reasons: what holds the GPU's clocks back at this
-    moment. other_processes: [{pid, name}] that compute on the GPU.
+    moment. other_processes: [{pid, name}] that compute on the GPU, but for runs that wait for this
+    one (compare.py --start-together).
     """
     gpu, reasons = read_gpu()
     gpu |= _read_devfreq(root)
@@ -118,6 +119,7 @@ def read_conditions(root="/"):
     others = gpu["other_processes"]
     if others is not None:
         others = [{"pid": pid, "name": _read_text(root, f"proc/{pid}/comm")} for pid in others]
+        others = [one for one in others if not _shares_turns(root, one["pid"])]
     conditions = {
         "on_battery": _read_on_battery(root),
         "power_mode": _read_power_mode(root),
@@ -131,6 +133,14 @@ def read_conditions(root="/"):
     reasons["power_mode"] = "no nvpmodel here (it is a Jetson's)"
     reasons["other_processes.name"] = "not among the processes visible here"
     return conditions | {"notes": _explain("device", conditions, reasons)}
+
+
+def _shares_turns(root, pid):
+    """Whether a process is one of those that compare.py --start-together began with this one, and
+    which wait while this one is measured."""
+    turns = os.path.dirname(os.environ.get("VIT_TURN", ""))
+    variables = _read_text(root, f"proc/{pid}/environ") or ""
+    return bool(turns) and f"\0VIT_TURN={turns}/" in "\0" + variables
 
 
 def compare_conditions(before, after):
@@ -147,10 +157,10 @@ def compare_conditions(before, after):
         if name in held:
             warnings.append(f"GPU throttled: {name}: {remedy}")
     others = {one["pid"]: one["name"] for one in before["other_processes"] or []}
-    if os.environ.get("VIT_TURN"):  # those of compare.py --start-together, which wait
-        others = {}
-    elif after["own_pid_known"]:
+    if after["own_pid_known"]:
         others |= {one["pid"]: one["name"] for one in after["other_processes"] or []}
+    elif os.environ.get("VIT_TURN"):  # which of them wait cannot be seen from in here
+        others = {}
     for pid, name in others.items():
         who = f"pid {pid} ({name or 'name unknown'})"
         warnings.append(f"another process uses the GPU: {who}: stop it and run again")

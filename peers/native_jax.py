@@ -110,10 +110,11 @@ def attend(p, x, config, key, dtype):
     return jnp.einsum("bhps,hsc->bpc", x, out["kernel"]) + out["bias"]
 
 
-def create_model(config, mean, variance, dtype):
-    """The function forward(parameters, pixels, key=None): pixels 0 to 255 (batch, 32, 32, 3) ->
-    float32 logits (batch, classes); a key means training, with dropout."""
-    mean, scale = jnp.float32(mean), jnp.float32(1 / variance**0.5)
+def create_model(config, dtype):
+    """The function forward(parameters, statistics, pixels, key=None): pixels 0 to 255 (batch, 32,
+    32, 3) -> float32 logits (batch, classes); a key means training, with dropout. statistics: the
+    pixels' mean and one over their standard deviation, per channel; as constants of the compiled
+    code they would have it compiled anew for another choice of pictures."""
     size, rows = config.patch_size, config.image_size // config.patch_size
     last = gelu if config.mlp_ratio is None else lambda x: x
 
@@ -132,8 +133,8 @@ def create_model(config, mean, variance, dtype):
             return x[:, 0]
         return x.mean(axis=1) if config.pool == "mean" else x.reshape(len(x), -1)
 
-    def forward(p, pixels, key=None):
-        keys = repeat(None)
+    def forward(p, statistics, pixels, key=None):
+        keys, (mean, scale) = repeat(None), statistics
         if key is not None:
             keys = iter(jax.random.split(key, config.num_dropouts))
         batch, channels = pixels.shape[0], pixels.shape[-1]
@@ -255,26 +256,34 @@ class Peer:
 
     def build(self, mean, variance):
         dtype = "bfloat16" if self.precision == "bfloat16" else "float32"
-        forward = create_model(self.config, mean, variance, dtype)
+        forward = create_model(self.config, dtype)
+        self.statistics = jnp.float32(mean), jnp.float32(1 / variance**0.5)
         jit = jax.jit if self.config.jit_compile else lambda function, **_: function
-        config, fill = self.config, np.round(np.float32(mean))
+        config = self.config
 
-        def augment(images, maps):
+        def augment(images, maps, statistics):
             if maps is None:
                 return images
-            return shift(images, maps, fill) if config.crop_padding else resample(images, maps)
+            if config.crop_padding:
+                return shift(images, maps, statistics[0].round())
+            return resample(images, maps)
 
-        def compute_loss(parameters, images, labels, key):
-            logits = forward(parameters, images, key)
+        def compute_loss(parameters, statistics, images, labels, key):
+            logits = forward(parameters, statistics, images, key)
             figures = score(logits, labels, config.label_smoothing).mean(axis=1)
             return figures[0], figures
 
-        def train_steps(state, order, maps, rates, images, labels):
+        def score_batch(parameters, statistics, images, labels):
+            return score(forward(parameters, statistics, images), labels).sum(axis=1)
+
+        def train_steps(state, order, maps, rates, statistics, images, labels):
             def add_part(parameters, key, sums, part):
                 """Gradients and figures of pictures gathered by index, added to those before."""
                 number, index, maps = part
-                x, key = augment(images[index], maps), jax.random.fold_in(key, number)
-                found = jax.grad(compute_loss, has_aux=True)(parameters, x, labels[index], key)
+                x = augment(images[index], maps, statistics)
+                key = jax.random.fold_in(key, number)
+                differentiate = jax.grad(compute_loss, has_aux=True)
+                found = differentiate(parameters, statistics, x, labels[index], key)
                 return jax.tree.map(jnp.add, sums, found), None
 
             def train_step(state, row):
@@ -306,7 +315,7 @@ class Peer:
 
         self.train_steps = jit(train_steps, donate_argnums=0)
         self.forward = jit(forward)
-        self.score = jit(lambda p, images, labels: score(forward(p, images), labels).sum(axis=1))
+        self.score = jit(score_batch)
 
     def load_keras_weights(self, weights):
         """Start from weights in the order and shapes of get_weights() of vit.py's model."""
@@ -389,7 +398,8 @@ class Peer:
         maps = None if self.maps is None else self.maps[rows]
         batches = self.order[rows], maps, self.rates[rows]
         with jax.disable_jit(not self.config.jit_compile):  # a scan would be compiled all the same
-            self.state = self.train_steps(self.state, *batches, self.images, self.labels)
+            pictures = self.statistics, self.images, self.labels
+            self.state = self.train_steps(self.state, *batches, *pictures)
 
     def read_epoch(self):
         return (jax.device_get(self.state["sums"]) / len(self.order)).tolist()
@@ -397,12 +407,12 @@ class Peer:
     def evaluate(self, images, labels):
         sums = 0
         for x, y in common.fill_batches(images, labels, self.config.batch_size):
-            sums += self.score(self.state[self.tested], x, y)
+            sums += self.score(self.state[self.tested], self.statistics, x, y)
         return (jax.device_get(sums) / len(images)).tolist()
 
     def predict(self, images):
         """Logits of a batch, NumPy."""
-        return jax.device_get(self.forward(self.state["parameters"], images))
+        return jax.device_get(self.forward(self.state["parameters"], self.statistics, images))
 
     def keep_weights(self):  # on the host, so as not to count as what training needs
         self.kept = jax.tree.map(np.array, self.state[self.tested])

@@ -410,6 +410,20 @@ def test_in_a_container_only_processes_from_before_the_run_are_others(tmp_path, 
     assert "pid 7001" in warning
 
 
+def test_runs_that_wait_for_this_one_are_no_others(tmp_path, nvml, monkeypatch):
+    monkeypatch.setenv("VIT_TURN", "/tmp/turns/0")
+    variables = "HOME=/root\0VIT_TURN=/tmp/turns/1\0"
+    write_tree(tmp_path, {"proc/7001/environ": variables, "proc/7002/environ": "HOME=/root\0"})
+    processes = [types.SimpleNamespace(pid=pid) for pid in (7001, 7002, 7003)]
+    nvml.answers["nvmlDeviceGetComputeRunningProcesses"] = processes
+    busy = telemetry.read_conditions(tmp_path)
+    assert [one["pid"] for one in busy["other_processes"]] == [7002, 7003]
+    told = telemetry.compare_conditions(busy, busy)
+    assert len(told) == 2 and "pid 7002" in told[0]
+    monkeypatch.setenv("VIT_TURN", "/tmp/turns-of-another/0")
+    assert len(telemetry.compare_conditions(busy, telemetry.read_conditions(tmp_path))) == 3
+
+
 def test_host_memory(tmp_path):
     write_tree(tmp_path, {"proc/self/status": "VmPeak:\t9 kB\nVmHWM:\t  20 kB\nVmRSS:\t  10 kB\n"})
     assert telemetry.host_peak_bytes(tmp_path) == 20 * 1024
