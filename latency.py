@@ -204,8 +204,11 @@ COLUMNS = (  # title, field of a record, from its unit to the title's
 SPREAD = ("p90", "p95", "mean", "std")  # left out where another column has the runtimes
 
 
-def format_row(report, columns):
-    """A record as a line of a table; what failed has its reason instead of numbers."""
+def format_row(report, columns, kind="cpu"):
+    """A record as a line of a table; what failed has its reason instead of numbers.
+
+    kind: of device, which needs no mention.
+    """
     config, cells = report["config"], []
     for title, dotted, unit in columns:
         value = record.dig(report, dotted)
@@ -214,6 +217,7 @@ def format_row(report, columns):
     if report["status"] != "ok":
         cells = [shorten(f"{report['status']}: {report['error']}", 68)]
     runtime = [f"{config['runtime']:<10}"] if config["export"] else []
+    cells += ["on the CPU"] if report["device"].get("kind") == "cpu" != kind else []
     return " ".join([f"{config['batch_size']:>5}", *runtime, *cells])
 
 
@@ -233,7 +237,7 @@ class Table:
     why others have none is said after the last row."""
 
     def __init__(self):
-        self.columns, self.reasons = None, []
+        self.columns, self.reasons, self.kind = None, [], "cpu"
 
     def add(self, report):
         if self.columns is None and report["status"] == "ok":
@@ -246,6 +250,7 @@ class Table:
             reasons = {dotted: record.reason_for(report, dotted) for dotted in missing}
             self.reasons = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
             device, library = report["device"], report["backend"].rpartition("-")[2]
+            self.kind = device["kind"]
             print(
                 f"{report['config']['model']} ({report['model']['parameters']:,} parameters) on "
                 f"{report['backend']} {report['versions'].get(library, '')}, "
@@ -253,7 +258,7 @@ class Table:
             )
             titles = [f"{title:>6}" for title, _, _ in self.columns]
             print(" ".join(["batch", *([f"{'runtime':<10}"] if exports else []), *titles]))
-        print(format_row(report, self.columns or ()), flush=True)
+        print(format_row(report, self.columns or (), self.kind), flush=True)
         for line in describe_load(report):
             print(f"      {line}", flush=True)
 
@@ -599,7 +604,7 @@ def measure(config, model_flags, row, report):
         return time_server(server, shape, config, size, report)
     report["quality"] = dict.fromkeys(("test_accuracy", "logits_difference"))
     calibration, pictures, labels = load_pictures(config, model, report)
-    expected = keras.ops.convert_to_numpy(model(pictures[:size], training=False))
+    expected = engine.infer(model, pictures[:size])
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if config.export_path:
@@ -628,7 +633,7 @@ def time_server(server, shape, config, batch_size, report):
         return copied - begun, time.perf_counter() - copied
 
     _, first = iterate(0)
-    for index in range(config.warmup):
+    for index in range(max(config.warmup, engine.CALLS_TO_CAPTURE if engine.on_gpu() else 0)):
         iterate(index)
     meter = telemetry.create_energy_meter(device=report["device"]["kind"])
     meter.start()
@@ -660,7 +665,7 @@ def note_energy(report, energy, images):
     report["notes"] += energy["notes"]
     if energy["joules"] is None:
         return
-    known = {name: energy[name] for name in ("joules", "source", "window_seconds")}
+    known = {name: energy[name] for name in ("joules", "source", "window_seconds", "rails")}
     report["energy"] |= known | {"joules_per_image": energy["joules"] / images}
 
 
@@ -753,6 +758,7 @@ def main(config, model_flags, row):
         config.results_path,
         machine,
         remedy=f"lower --batch-sizes {size}",
+        runtime=runtime if runtime in EXPORTS else None,
     )
     if config.verbose and ROW is None:
         table = Table()

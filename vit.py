@@ -304,22 +304,18 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
         ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse_config(sys.argv[1:])
-    IS_CAPPED = CONFIG.memory_limit is not None and not environment.has_cuda()
+    ON_CUDA = environment.finds_cuda(CONFIG.keras_backend)
+    IS_CAPPED = CONFIG.memory_limit is not None and not ON_CUDA
     if (CONFIG.fit_memory or IS_CAPPED) and fitting.TRIED not in os.environ:
         SIZES = [None]
         if CONFIG.fit_memory:
-            choose_micro_batch(CONFIG, is_on_gpu=environment.has_cuda())
+            choose_micro_batch(CONFIG, is_on_gpu=ON_CUDA)
             SIZES = fitting.list_sizes(
                 CONFIG.batch_size, CONFIG.micro_batch_size, is_even=CONFIG.mixup or CONFIG.cutmix
             )
         check_writable(results_path=CONFIG.results_path)
         COMMAND = [sys.executable, *sys.orig_argv[1:]]
         sys.exit(fitting.run_smaller(COMMAND, SIZES, CONFIG.results_path, IS_CAPPED))
-    if CONFIG.memory_limit:
-        try:
-            fitting.limit_memory(CONFIG.memory_limit, environment.read_cuda_memory())
-        except ValueError as error:
-            fail(error)
     if not environment.has_cuda():
         _accept_cpu(CONFIG.allow_cpu)
         if CONFIG.keras_backend == "torch":
@@ -969,7 +965,9 @@ def begin_record(kind, choices, machine, precision, subject=None):
     return report
 
 
-def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=False, problems=()):
+def run_recorded(
+    run, report, path, machine, remedy, is_compiled=True, is_shown=False, problems=(), runtime=None
+):
     """Call `run`, complete its record `report` however that ends, and append it to `path`.
 
     Args:
@@ -977,6 +975,7 @@ def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=
         remedy: what to do where the memory did not suffice.
         is_shown: whether a summary is printed.
         problems: a list of what could not be written on the way.
+        runtime: the other one that computes, if it is not the backend.
 
     Returns:
         the exit code.
@@ -985,6 +984,10 @@ def run_recorded(run, report, path, machine, remedy, is_compiled=True, is_shown=
     status, error, exit_code = ending.run_to_end(run, remedy)
     engine.lift_limit()  # of --memory-limit
     device_peak, matmul = engine.device_peak_bytes(), (None, None)
+    if runtime and report["device"]["kind"] == "gpu":
+        device_peak = None, f"{runtime} does not tell what it took of the GPU"
+    elif runtime:
+        device_peak = None, "computed on the CPU, where device memory is host memory"
     if status == "ok" and (report["device"]["kind"] == "gpu") != engine.on_gpu():
         matmul = None, "an exported model computed on another device than the backend's"
     elif status == "ok":
@@ -1016,6 +1019,11 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     if config.loader == "torch" and importlib.util.find_spec("torch") is None:
         fail("--loader torch: expected PyTorch, which is not installed: pip install '.[torch]'")
     machine = telemetry.describe_machine()  # before the backend touches the GPU
+    if config.memory_limit and environment.finds_cuda(engine.BACKEND):
+        try:
+            fitting.limit_memory(config.memory_limit, environment.read_cuda_memory())
+        except ValueError as error:
+            fail(error)
     precision = settle_device(config, is_compiled(config))
     name = state.name_run({"kind": kind, "subject": subject, **dataclasses.asdict(config)})
     if is_compiled(config):

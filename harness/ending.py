@@ -15,6 +15,7 @@ NOT_WRITTEN = 6
 OUT_OF_MEMORY = (  # each framework words it in its own way
     *("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory"),
     *("not enough memory", "OOM when allocating", "bad_alloc", "Cannot allocate memory"),
+    "STATUS_ALLOC_FAILED",  # of CUDA's libraries
     "YNNPACK operation failed",  # JAX's on a CPU, when it can't have its working memory
     "NVML_SUCCESS == r INTERNAL ASSERT",  # PyTorch's on a Jetson that has no memory left
 )

@@ -222,6 +222,16 @@ def compile_function(function):
     return lambda *given: function(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
 
 
+def infer(model, pixels):
+    """Logits of a batch, NumPy, as Keras computes them, uncompiled; on a GPU its memory is not
+    counted in what PyTorch tells of its peak."""
+    with torch.no_grad() if BACKEND == "torch" else contextlib.nullcontext():
+        logits = keras.ops.convert_to_numpy(model(pixels, training=False))
+    if BACKEND == "torch" and on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+    return logits
+
+
 def compile_forward(model, is_frozen=False):
     """Compile inference: a function from a batch of pixels, NumPy or device, to device logits.
 
@@ -1016,6 +1026,9 @@ def _read_later(tensor):
     return read
 
 
+CALLS_TO_CAPTURE = 2  # after the first, until a function is one CUDA graph
+
+
 def _capture(function):
     """Make the work that a function gives a GPU one CUDA graph: what would cost the host hundreds
     of starts costs it one.
@@ -1031,7 +1044,7 @@ def _capture(function):
     def call(*arguments):
         nonlocal calls, given, found
         calls += 1
-        if calls <= 2:
+        if calls <= CALLS_TO_CAPTURE:
             return function(*arguments)
         if given is None:
             given = keras.tree.map_structure(torch.clone, arguments)

@@ -6,8 +6,10 @@ All of it must be set before the framework is imported.
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -77,8 +79,12 @@ def set_variables():
     # Inductor would otherwise prove with three compilations that the compiler knows the vector
     # instructions of this processor: 8 s of a first start, 2 of each other.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-    # JAX would take 75 % of the GPU at once, which hides what a run needs.
+    # JAX would take 75 % of the GPU at once, which hides what a run needs, and never more.
+    # TensorFlow would take it all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name; both are an error
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
@@ -100,6 +106,22 @@ def has_cuda():
         return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
     except OSError:
         return False
+
+
+def finds_cuda(backend):
+    """Whether a backend will compute on CUDA, before it is imported: there is a GPU, the backend's
+    build is one for it, and JAX_PLATFORMS does not say otherwise."""
+    if not has_cuda():
+        return False
+    if backend == "torch":
+        version = Path(importlib.util.find_spec("torch").origin).with_name("version.py")
+        return re.search(r"^cuda\b.*= *['\"]", version.read_text(), re.MULTILINE) is not None
+    if backend == "jax":
+        plugins = importlib.util.find_spec("jax_plugins")
+        folders = map(Path, plugins.submodule_search_locations if plugins else ())
+        is_built = any(any(folder.glob("xla_cuda*")) for folder in folders)
+        return is_built and os.environ.get("JAX_PLATFORMS", "") != "cpu"
+    return True
 
 
 def read_cuda_memory():

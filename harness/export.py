@@ -75,6 +75,8 @@ def start_onnx(files, providers):
     options.log_severity_level = 3  # errors
     has = onnxruntime.get_available_providers()
     providers = [name for name in (*providers, "CPUExecutionProvider") if name in has]
+    exact = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # by default it rounds factors to TF32
+    providers = [(name, exact.get(name, {})) for name in providers]
     session = onnxruntime.InferenceSession(files[0], options, providers=providers)
     name = session.get_inputs()[0].name
     on_gpu = session.get_providers()[0] != "CPUExecutionProvider"
@@ -91,6 +93,7 @@ def export_tensorrt(model, shape, folder, pictures):
     provider = "TensorrtExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise ExportError("this onnxruntime has no TensorRT: pip install onnxruntime-gpu, TensorRT")
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # which its libraries read when they are loaded
     return export_onnx(model, shape, folder, pictures, providers=(provider,))
 
 
@@ -194,11 +197,19 @@ def export_litert(model, shape, folder, pictures):
 
 
 def export_savedmodel(model, shape, folder, pictures):
+    import keras
     import tensorflow
 
+    on_gpu = bool(tensorflow.config.list_physical_devices("GPU"))
+    if keras.backend.backend() == "jax" and not on_gpu:
+        import jax
+
+        if jax.default_backend() == "gpu":
+            remedy = "pip install '.[tensorflow-cuda12]'"
+            raise ExportError(f"JAX writes it for a GPU, and TensorFlow finds none: {remedy}")
     path = write(model, shape, "tf_saved_model", folder / "saved_model")
     loaded = tensorflow.saved_model.load(str(path))  # which owns the variables
-    return Served(lambda pixels: loaded.serve(pixels).numpy(), [path], "tensorflow")
+    return Served(lambda pixels: loaded.serve(pixels).numpy(), [path], "tensorflow", on_gpu)
 
 
 EXTRA = "pip install '.[export]'"

@@ -15,9 +15,9 @@ TRIED = "VIT_DID_NOT_FIT"  # names the sizes for the record of the run that foll
 
 
 def limit_memory(gigabytes, gpu_bytes):
-    """Cap the memory of this process, before it imports a framework: on a GPU of `gpu_bytes` by
-    what JAX reads when it starts (engine.limit_memory tells PyTorch). Without one nothing happens
-    yet.
+    """Cap the memory of this process, before it asks a framework for a device: on a GPU of
+    `gpu_bytes` by what JAX reads then (engine.limit_memory tells PyTorch). Without one nothing
+    happens yet.
 
     Raises:
         ValueError: the GPU has less than that.
@@ -29,6 +29,7 @@ def limit_memory(gigabytes, gpu_bytes):
         raise ValueError(
             f"--memory-limit: expected at most the GPU's {gpu_bytes / 1e9:.1f} GB, got {gigabytes}"
         )
+    os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)  # the newer name; both are an error
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)
 
 

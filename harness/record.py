@@ -58,7 +58,7 @@ MEASURED = {  # kind of record: its groups, and what a run may find out for each
         "memory": (
             *("device_peak_bytes", "device_peak_source", "host_peak_bytes", "host_import_bytes"),
         ),
-        "energy": ("joules", "joules_per_image", "source", "window_seconds"),
+        "energy": ("joules", "joules_per_image", "source", "window_seconds", "rails"),
         "quality": (
             *("dataset", "data_fingerprint", "train_images", "validation_images", "test_images"),
             *("loss", "accuracy", "top5_accuracy"),

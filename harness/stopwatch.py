@@ -142,6 +142,10 @@ class Stopwatch:
             "source": windows[0]["source"],
             "window_seconds": sum(window["window_seconds"] for window in windows),
         }
+        if rails := windows[0]["rails"]:
+            energy["rails"] = {
+                label: sum(window["rails"].get(label, 0.0) for window in windows) for label in rails
+            }
         return timing, energy, notes
 
 

@@ -343,6 +343,25 @@ print(json.dumps(0))
     assert done.returncode == 2 and "expected a Keras model, got torn.keras" in only_line(done)
 
 
+def test_a_row_says_where_it_was_computed_if_not_on_the_gpu(capsys):
+    import latency
+
+    def create(kind):
+        report = record.create_record("latency", status="ok", backend="torch")
+        report["config"] = {"batch_size": 1, "runtime": "onnx", "export": ["onnx"], "model": "vit"}
+        report["device"] = {"kind": kind, "name": "a device"}
+        report["timing"] = {"p50_seconds": 0.001}
+        report["model"] = {"parameters": 5}
+        return {**report, "config": {**report["config"], "load": "none", "slo_ms": None}}
+
+    for first, told in (("gpu", [False, True]), ("cpu", [False, False])):
+        table = latency.Table()
+        for kind in (first, "cpu"):
+            table.add(create(kind))
+        rows = capsys.readouterr().out.splitlines()[-2:]
+        assert [row.endswith("on the CPU") for row in rows] == told
+
+
 @pytest.mark.parametrize("sizes", [["1"], ["1", "2"]])
 def test_nobody_reads_the_table(tmp_path, sizes):
     words = [sys.executable, ROOT / "latency.py", "--batch-sizes", *sizes, *QUICK, "--", *MODEL]

@@ -48,11 +48,12 @@ def test_python_commands(command, tmp_path):
         assert parse(pretrain.PretrainConfig, words[2:], "", pretrain.vit.PRESETS).num_epochs
         return
     if script == "vit.py":
+        import vit
+
+        assert vit.parse_config([*words[2:], "--dataset=synthetic"])  # as they are
         words += [*small, "--warmup-epochs=0", "--drop-path=0", "--trainer=fit"]
         words += ["--loader=resident"]  # fit has no other
         if not is_run(command):
-            import vit
-
             assert vit.parse_config(words[2:]).num_epochs == 1
             return
     elif script == "latency.py":  # few iterations of a small model

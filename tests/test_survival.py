@@ -1,5 +1,6 @@
 """What a run loses when it is killed, stopped or has no room to write: nothing."""
 
+import importlib
 import json
 import os
 import random
@@ -430,6 +431,50 @@ def test_a_run_that_does_not_fit_is_run_in_smaller_parts(tmp_path):
     assert any(note.startswith("--fit-memory: parts of 300") for note in items[-1]["notes"])
     assert "RESOURCE_EXHAUSTED" in items[0]["error"]
     assert "lower --micro-batch-size 300 or raise --memory-limit 1.0" in items[0]["error"]
+
+
+def test_a_backend_that_is_not_built_for_the_gpu_does_not_find_it(tmp_path, monkeypatch):
+    from harness import environment
+
+    for name in ("torch", "jax_plugins"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(environment, "has_cuda", lambda: True)
+    version = tmp_path / "torch/version.py"
+    version.parent.mkdir()
+    (tmp_path / "torch/__init__.py").touch()
+    version.write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    assert not environment.finds_cuda("torch") and not environment.finds_cuda("jax")
+    version.write_text("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\n")
+    (tmp_path / "jax_plugins/xla_cuda12").mkdir(parents=True)
+    importlib.invalidate_caches()
+    assert environment.finds_cuda("torch") and environment.finds_cuda("jax")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert environment.finds_cuda("torch") and not environment.finds_cuda("jax")
+    monkeypatch.setattr(environment, "has_cuda", lambda: False)
+    assert not environment.finds_cuda("torch")
+
+
+@pytest.mark.parametrize("command", ["vit.py", "pretrain.py"])
+def test_no_more_memory_than_the_gpu_has(tmp_path, command):
+    """Every command tells JAX of the limit; one under which it cannot be is refused."""
+    code = f"""
+import os, runpy, sys
+from harness import environment
+environment.finds_cuda, environment.read_cuda_memory = (lambda backend: True), (lambda: 6e9)
+sys.argv = [{command!r}, *sys.argv[1:]]
+import atexit
+atexit.register(lambda: print(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]))
+runpy.run_path({str(ROOT / command)!r}, run_name="__main__")
+"""
+    flags = ["--dataset=synthetic", "--no-use-wandb", "--image-size=30", "--num-epochs=1"]
+    flags += ["--warmup-epochs=0", "--train-images=40", "--batch-size=20", "--test-images=20"]
+    flags += ["--transformer-layers=1", "--mlp-head-units=8", "--validation-split=0"]
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0", "KERAS_BACKEND": "jax"}
+    done = run_python(tmp_path, "-c", code, *flags, "--memory-limit=3", **environment)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0.5", done.stderr
+    done = run_python(tmp_path, "-c", code, *flags, "--memory-limit=7", **environment)
+    assert done.returncode == 2 and "at most the GPU's 6.0 GB, got 7.0" in done.stderr
 
 
 def test_pytorch_has_too_little_memory(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from harness import record as rec
 from harness import telemetry
+from harness.stopwatch import Stopwatch
 
 ROOT = Path(__file__).resolve().parent.parent
 RAPL = "sys/class/powercap/intel-rapl:0"
@@ -224,6 +226,19 @@ def test_agx_orin_has_no_input_rail_so_its_rails_are_summed(tmp_path, clock):
     # the memory rail hangs behind VIN_SYS_5V0: shown, not counted twice
     total = 19.92 * 0.16 + 19.928 * 0.04 + 5.008 * 0.52
     assert result["joules"] == pytest.approx(total * seconds)
+
+
+def test_a_record_has_the_rails_of_all_steady_epochs(tmp_path):
+    meter = telemetry.create_energy_meter(write_rails(tmp_path, AGX_ORIN), "gpu")
+    watch = Stopwatch(3, 100, lambda: None, meter, print)
+    for epoch in range(3):
+        watch.begin_epoch()
+        time.sleep(0.02)
+        watch.end_epoch(epoch, {"loss": 1.0})
+    _, energy, _ = watch.measure(0.0)
+    nested = energy["rails"]["VDDQ_VDD2_1V8AO"]
+    assert nested > 0 and len(energy["rails"]) == 4
+    assert energy["joules"] == pytest.approx(sum(energy["rails"].values()) - nested)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
