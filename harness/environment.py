@@ -79,10 +79,11 @@ def set_variables():
     # Inductor would otherwise prove with three compilations that the compiler knows the vector
     # instructions of this processor: 8 s of a first start, 2 of each other.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-    # JAX would take 75 % of the GPU at once, which hides what a run needs, and never more.
-    # TensorFlow would take it all.
+    # JAX would take 75 % of the GPU at once, which hides what a run needs, and never more, which on
+    # a Jetson leaves the host some. TensorFlow would take it all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name; both are an error
+    is_shared = Path("/etc/nv_tegra_release").exists()
+    if not is_shared and "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # both names are an error
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
