@@ -204,7 +204,7 @@ COLUMNS = (  # title, field of a record, from its unit to the title's
 SPREAD = ("p90", "p95", "mean", "std")  # left out where another column has the runtimes
 
 
-def format_row(report, columns, kind="cpu"):
+def format_row(report, columns, kind):
     """A record as a line of a table; what failed has its reason instead of numbers.
 
     kind: of device, which needs no mention.

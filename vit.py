@@ -304,12 +304,12 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
         ending.end_with_parent()
     _set_backend_from_env_or_cli(sys.argv[1:])
     CONFIG = parse_config(sys.argv[1:])
-    ON_CUDA = environment.finds_cuda(CONFIG.keras_backend)
-    IS_CAPPED = CONFIG.memory_limit is not None and not ON_CUDA
+    finds_cuda = partial(environment.finds_cuda, CONFIG.keras_backend)
+    IS_CAPPED = CONFIG.memory_limit is not None and not finds_cuda()
     if (CONFIG.fit_memory or IS_CAPPED) and fitting.TRIED not in os.environ:
         SIZES = [None]
         if CONFIG.fit_memory:
-            choose_micro_batch(CONFIG, is_on_gpu=ON_CUDA)
+            choose_micro_batch(CONFIG, is_on_gpu=finds_cuda())
             SIZES = fitting.list_sizes(
                 CONFIG.batch_size, CONFIG.micro_batch_size, is_even=CONFIG.mixup or CONFIG.cutmix
             )
@@ -681,11 +681,11 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
             for name, drawn in draws.items()
         }
 
-    planned = None
+    plans, planned = map(plan, range(done, config.num_epochs)), None
     callbacks.on_train_begin()
     for epoch in range(done, config.num_epochs):
         callbacks.on_epoch_begin(epoch)
-        order, draws = planned or plan(epoch)
+        order, draws = planned or next(plans)
         running = None
         progress.show(epoch, 0, running)
         if not is_resident:  # a batch is all that lies on the device
@@ -706,7 +706,7 @@ def train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, do
                 progress.show(epoch, first, running)
                 running = losses
                 ending.check()
-        planned = plan(epoch + 1) if epoch + 1 < config.num_epochs else None  # meanwhile
+        planned = next(plans, None)  # meanwhile
         training.sync()
         progress.show(epoch, steps, running)
         logs = {name: float(value) for name, value in model.get_metrics_result().items()}
@@ -987,7 +987,7 @@ def run_recorded(
     if runtime and report["device"]["kind"] == "gpu":
         device_peak = None, f"{runtime} does not tell what it took of the GPU"
     elif runtime:
-        device_peak = None, "computed on the CPU, where device memory is host memory"
+        device_peak = None, telemetry.HOST_MEMORY
     if status == "ok" and (report["device"]["kind"] == "gpu") != engine.on_gpu():
         matmul = None, "an exported model computed on another device than the backend's"
     elif status == "ok":

@@ -22,6 +22,8 @@ from unittest import mock
 import keras
 import numpy as np
 
+from harness.telemetry import HOST_MEMORY
+
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":
     import jax
@@ -146,7 +148,7 @@ def device_peak_bytes():
         (bytes, source), or (None, reason) where there is nothing to read.
     """
     if not on_gpu():
-        return None, "computed on the CPU, where device memory is host memory"
+        return None, HOST_MEMORY
     if BACKEND == "jax":
         statistics = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in statistics:

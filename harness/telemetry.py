@@ -30,6 +30,7 @@ JETSON_GPUS = (".gpu", ".ga10b", ".gv11b")  # ends of the GPU's devfreq names: L
 # AGX Orin's memory rail hangs behind its 5 V rail, say users citing NVIDIA's Jetson Linux
 # Developer Guide (not yet checked on a board): shown on its own, not counted twice in the sum.
 NESTED_RAILS = {"VDDQ_VDD2_1V8AO": "VIN_SYS_5V0"}
+HOST_MEMORY = "computed on the CPU, where device memory is host memory"  # why no device has a peak
 THROTTLES = {  # bit: (what holds the clocks back, remedy); nvmlClocksEventReason* in nvml.h
     0x04: ("power cap", "raise the power limit, or compare under the same one"),
     0x08: ("hardware slowdown", "check cooling and power supply"),
@@ -138,9 +139,11 @@ def read_conditions(root="/"):
 def _shares_turns(root, pid):
     """Whether a process is one of those that compare.py --start-together began with this one, and
     which wait while this one is measured."""
-    turns = os.path.dirname(os.environ.get("VIT_TURN", ""))
+    if not os.environ.get("VIT_TURN"):
+        return False
+    turns = os.path.dirname(os.environ["VIT_TURN"])
     variables = _read_text(root, f"proc/{pid}/environ") or ""
-    return bool(turns) and f"\0VIT_TURN={turns}/" in "\0" + variables
+    return f"\0VIT_TURN={turns}/" in "\0" + variables
 
 
 def compare_conditions(before, after):

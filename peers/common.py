@@ -297,17 +297,17 @@ def train(peer, config, dataset, report):
             maps = maps[:used].reshape(*order.shape, *maps.shape[1:])
         return order, maps
 
-    planned = None
+    plans, planned = map(plan, range(config.num_epochs)), None
     try:
         for epoch in range(config.num_epochs):
             stopwatch.begin_epoch()
-            order, maps = planned or plan(epoch)
+            order, maps = planned or next(plans)
             peer.begin_epoch(order, maps, rates[epoch])
             for first in range(0, steps, per_call):
                 peer.run(slice(first, first + per_call))
                 if epoch == first == 0:
                     stopwatch.end_first_call(order[:per_call].size)
-            planned = plan(epoch + 1) if epoch + 1 < config.num_epochs else None  # meanwhile
+            planned = next(plans, None)  # meanwhile
             results = peer.read_epoch()
             stopwatch.end_training()
             if has_validation:

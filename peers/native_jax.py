@@ -15,6 +15,7 @@ from itertools import repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness.telemetry import HOST_MEMORY  # noqa: E402
 from peers import common  # noqa: E402
 
 if __name__ == "__main__":  # --help and bad flags end here, before the slow import
@@ -425,7 +426,7 @@ class Peer:
 
     def device_peak_bytes(self):
         if not self.gpu_name:
-            return None, "computed on the CPU, where device memory is host memory"
+            return None, HOST_MEMORY
         statistics = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" not in statistics:
             return None, "this JAX device gives no memory statistics"
