@@ -5,12 +5,15 @@
 # make test-tensorflow   the same for the optional third backend, which it installs apart
 # make test-images   build images and run them on the CPU; needs Docker and some 10 GB. More:
 #   make test-images IMAGES=ojo.jax BUILD_ARGS="--build-arg BASE_IMAGE=..." GPU="--runtime nvidia"
-# Both create .venv first. On a GPU: make demo EXTRAS=...  (see the README)
+# Both create .venv first. On a GPU: make demo EXTRAS=cuda12,torch TORCH=cu126  (see the README)
 
 PYTHON ?= python3
 EXTRAS ?= jax,torch
-STAMP = .venv/installed-$(subst $(comma),-,$(EXTRAS))
+# PyTorch's build: cpu; cu126, for a GPU; empty, that of the package index, for CUDA 13 (driver 580).
+TORCH ?= cpu
+STAMP = .venv/installed-$(subst $(comma),-,$(EXTRAS))$(TORCH:%=-%)
 comma := ,
+LOCKS = requirements.lock requirements-torch.lock
 
 demo: $(STAMP)
 	.venv/bin/python compare.py --report report
@@ -58,16 +61,20 @@ test-images: $(STAMP) .venv/tests-installed
 	IMAGES="$(IMAGES)" BUILD_ARGS="$(BUILD_ARGS)" GPU="$(GPU)" \
 	  .venv/bin/python -m pytest tests/test_images.py --timeout 3600 -rs
 
-# Extras (2) into an environment (1), by their hashes, but for PyTorch, whose builds come from
-# different places (see the README).
+# Extras (2) into an environment (1), everything by its hash. PyTorch comes last: what its build
+# needs of CUDA goes before what JAX would take.
 define install
 	$(1)/bin/python harness/requirements.py --lock=requirements.lock dependencies \
 	  $(subst $(comma), ,$(2)) <pyproject.toml >$(1)/locked.txt
-	$(1)/bin/python -m pip install --quiet --require-hashes -r $(1)/locked.txt
-	$(1)/bin/python -m pip install --quiet --upgrade-strategy only-if-needed -e ".[$(2)]"
+	$(1)/bin/python -m pip install --quiet --no-deps --require-hashes -r $(1)/locked.txt
+	$(if $(findstring torch,$(2)),$(1)/bin/python harness/requirements.py $(LOCKS:%=--lock=%) \
+	  --torch=$(TORCH) >$(1)/torch.txt
+	$(1)/bin/python -m pip install --quiet --no-deps --require-hashes \
+	  $(TORCH:%=--extra-index-url https://download.pytorch.org/whl/%) -r $(1)/torch.txt)
+	$(1)/bin/python -m pip check --quiet
 endef
 
-$(STAMP): pyproject.toml requirements.lock
+$(STAMP): pyproject.toml $(LOCKS)
 	$(PYTHON) -m venv .venv
 	$(call install,.venv,$(EXTRAS))
 	touch $@
@@ -77,11 +84,16 @@ $(STAMP): pyproject.toml requirements.lock
 	touch $@
 
 # After a change of pyproject.toml: all versions and hashes anew, for every platform.
-LOCKED = jax cuda12 tensorflow tensorflow-cpu tensorflow-cuda12 sweep weights export test
+LOCKED = jax cuda12 torch tensorflow tensorflow-cpu tensorflow-cuda12 sweep weights export test
+COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile --quiet --universal \
+  --python-version 3.11 --generate-hashes
 lock: $(STAMP)
 	.venv/bin/python -m pip install --quiet uv==0.13.9
-	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/bin/uv pip compile pyproject.toml --quiet --universal \
-	  --python-version 3.11 --generate-hashes $(addprefix --extra ,$(LOCKED)) --output-file requirements.lock
+	$(COMPILE) $(addprefix --extra ,$(LOCKED)) --output-file requirements.lock pyproject.toml
+	.venv/bin/python harness/requirements.py torch <pyproject.toml >.venv/torch.in
+	$(COMPILE) --torch-backend cpu --no-deps .venv/torch.in >.venv/cpu.lock
+	$(COMPILE) --torch-backend cu126 .venv/torch.in >.venv/cu126.lock
+	cat .venv/cpu.lock .venv/cu126.lock >requirements-torch.lock
 
 # Known vulnerabilities of what is locked: an error where one is being exploited. The first needs a
 # network, the second what the first left; to audit elsewhere, take the folder along.
@@ -96,7 +108,8 @@ advisories:
 	cd $(ADVISORIES) && mv PyPI.part PyPI.zip && mv exploited.part $(EXPLOITED)
 
 audit: $(STAMP)
-	.venv/bin/python harness/audit.py requirements.lock $(KNOWN)
+	cat $(LOCKS) >.venv/all.lock
+	.venv/bin/python harness/audit.py .venv/all.lock $(KNOWN)
 
 clean:
 	rm -rf .venv .venv-tensorflow .pytest_cache .ruff_cache report results.jsonl wandb

@@ -1,7 +1,7 @@
 """Known vulnerabilities of the locked packages; one that is being exploited is an error.
 
     make advisories     fetch what is known: OSV's advisories for PyPI, CISA's list of the exploited
-    make audit          compare requirements.lock with it; needs no network
+    make audit          compare what is locked with it; needs no network
 
     python harness/audit.py requirements.lock PyPI.zip known_exploited_vulnerabilities.json
 
@@ -20,10 +20,13 @@ from packaging.version import InvalidVersion, Version
 
 
 def read_pins(lock):
-    """The versions of each package in a lock file's text: a platform may have its own."""
+    """The versions of each package in a lock file's text: a platform may have its own, but builds
+    of one version (`+cpu`) count as that."""
     pins = {}
-    for name, version in re.findall(r"^(\S+?)==([^\s;\\]+)", lock, re.M):
-        pins.setdefault(normalize(name), []).append(version)
+    for name, version in re.findall(r"^(\S+?)==([^\s;\\+]+)", lock, re.M):
+        versions = pins.setdefault(normalize(name), [])
+        if version not in versions:
+            versions.append(version)
     return pins
 
 

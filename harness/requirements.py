@@ -1,13 +1,15 @@
-"""The pins of pyproject.toml, one a line: what an image installs before the code is copied.
+"""The pins of pyproject.toml, one a line: what is installed before the code is.
 
     python requirements.py dependencies sweep <pyproject.toml
     python requirements.py --lock=requirements.lock dependencies sweep <pyproject.toml
     python requirements.py --lock=requirements.lock --without=base.txt dependencies <pyproject.toml
+    python requirements.py --lock=requirements.lock --lock=requirements-torch.lock --torch=cu126
 
 Groups are `dependencies` or an extra's name. With a lock file (see `make lock`) all that they need
-is printed with its hashes, for `pip install --require-hashes`; but PyTorch, whose builds for
-different devices have one version and come from different places, and the packages that a file,
-as `pip list --format=freeze` prints it, names. Exit code 1 for a group that is not there.
+is printed with its hashes, for `pip install --require-hashes --no-deps`; but the packages that a
+file, as `pip list --format=freeze` prints it, names, and PyTorch. That has a build for each kind of
+device, all of one version: `--torch` prints one, and what it needs of CUDA, instead. Exit code 1
+for a group or a build that is not there.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-NOT_LOCKED = {"torch"}
+# PyTorch's libraries. JAX and TensorFlow want others of these names, with their extras alone.
+LIBRARIES = ("cuda-", "nvidia-", "triton")
 
 
 def list_requirements(project, groups):
@@ -29,30 +32,56 @@ def list_requirements(project, groups):
 
 
 def list_locked(project, groups, lock, without=()):
-    """The blocks of a lock file, its text as uv writes it, that groups need: each names the
-    packages that want it after "via". What is needed `without` those is not among them."""
-    own, wanted, found = project["name"], set(), {}
+    """The blocks of a lock file, its text as uv writes it, that groups need, but PyTorch. What is
+    needed `without` those packages is not among them."""
+    own, wanted = project["name"], set()
     for requirement in list_requirements(project, groups):
         if requirement.startswith(f"{own}["):  # some of its own groups
             extras = requirement[len(own) + 1 : -1].split(",")
             wanted |= {name_package(each) for each in list_requirements(project, extras)}
         else:
             wanted.add(name_package(requirement))
-    blocks = re.findall(r"^[a-z0-9].*\n(?: .*\n)*", lock, re.M)
-    blocks = [block for block in blocks if name_package(block) not in without]
-    has_cuda, size = any(group.endswith("cuda12") for group in groups), None
+    has_cuda = any(group.endswith("cuda12") for group in groups)
+    spared = ("cuda-", "triton", *(() if has_cuda else ("jax-cuda12", "nvidia-")))
+    blocks = [block for block in split_blocks(lock) if name_package(block) not in without]
+    found = find_needed(blocks, wanted, spared)
+    missing = wanted - {*map(name_package, found)} - {*without}
+    if missing:
+        sys.exit(f"requirements.py: not in the lock file: {', '.join(sorted(missing))}: make lock")
+    return [block for block in found if name_package(block) != "torch"]
+
+
+def list_torch(locks, build):
+    """The blocks of a build of PyTorch, such as cpu or cu126, and of what it needs of CUDA; of the
+    package index's own, for CUDA 13, by the build "". It is in one of the lock files."""
+    known = []
+    for blocks in map(split_blocks, locks):
+        for block in blocks:
+            if name_package(block) == "torch":
+                known.append(re.match(r"torch==[^\s+]+\+?(\S*)", block)[1])
+                if known[-1] == build:
+                    needed = find_needed(blocks, {"torch"}) if build != "cpu" else []
+                    needed = [b for b in needed if name_package(b).startswith(LIBRARIES)]
+                    return [block, *needed]
+    sys.exit(f"requirements.py: expected a build of {', '.join(map(repr, known))}, got {build!r}")
+
+
+def split_blocks(lock):
+    """A lock file's packages: each with its hashes and, after "via", the packages that want it."""
+    return re.findall(r"^[a-z0-9].*\n(?: .*\n)*", lock, re.M)
+
+
+def find_needed(blocks, wanted, spared=()):
+    """The blocks of packages that are wanted, and of what these need, but for names that begin as
+    those `spared`."""
+    names, found, size = {*wanted}, {}, None
     while size != len(found):
         size = len(found)
         for block in blocks:
             name, wanting = name_package(block), set(re.findall(r"# +(?:via )?(\S+)", block))
-            # JAX and TensorFlow want these only with their extras.
-            is_spared = name.startswith(("jax-cuda12", "nvidia-")) and not has_cuda
-            if name in wanted or wanting & wanted and not is_spared:
-                wanted.add(name)
+            if name in wanted or wanting & names and not name.startswith(spared):
+                names.add(name)
                 found[block] = None
-    missing = wanted - {name_package(block) for block in found} - {*NOT_LOCKED, *without}
-    if missing:
-        sys.exit(f"requirements.py: not in the lock file: {', '.join(sorted(missing))}: make lock")
     return list(found)
 
 
@@ -62,14 +91,19 @@ def name_package(requirement):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--lock", type=Path)
+    parser.add_argument("--lock", type=Path, action="append", default=[])
     parser.add_argument("--without", type=Path)
-    parser.add_argument("groups", nargs="+")
+    parser.add_argument("--torch")
+    parser.add_argument("groups", nargs="*")
     asked = parser.parse_args()
+    locks = [path.read_text() for path in asked.lock]
+    if asked.torch is not None:
+        print(*list_torch(locks, asked.torch), sep="")
+        sys.exit()
     table = tomllib.load(sys.stdin.buffer)["project"]
-    if asked.lock:
+    if locks:
         base = asked.without.read_text() if asked.without else ""
         without = {name_package(line) for line in base.splitlines()}
-        print(*list_locked(table, asked.groups, asked.lock.read_text(), without), sep="")
+        print(*list_locked(table, asked.groups, locks[0], without), sep="")
     else:
         print(*list_requirements(table, asked.groups), sep="\n")

@@ -89,7 +89,9 @@ def test_no_advisories_is_one_line(audit, catalogue):
 def test_every_locked_package_is_looked_for():
     from harness import audit
 
-    lock = (ROOT / "requirements.lock").read_text()
-    pins = audit.read_pins(lock)
-    assert sum(map(len, pins.values())) == len(re.findall(r"^[^ #]", lock, re.M))
-    assert pins["keras"] == ["3.15.1"]
+    locks = [(ROOT / name).read_text() for name in ("requirements.lock", "requirements-torch.lock")]
+    pins = audit.read_pins(locks[0])
+    assert sum(map(len, pins.values())) == len(re.findall(r"^[^ #]", locks[0], re.M))
+    both = audit.read_pins("".join(locks))
+    assert both["keras"] == ["3.15.1"] and both["torch"] == pins["torch"]  # of all its builds
+    assert len(both["nvidia-cudnn-cu12"]) == 2 and "nvidia-cudnn-cu13" in both

@@ -72,6 +72,7 @@ def test_images_differ_in_what_they_must(dockerfile):
     without = {"ook": "", "ojo": "--without=/build/base.txt "}[device]
     asked = f"requirements.py --lock=/build/requirements.lock {without}dependencies sweep"
     assert asked in text and re.search("pip install .*--require-hashes .*-r /build/pins.txt", text)
+    assert text.count("pip install") == text.count("--require-hashes")
     assert re.search(r"^ARG BASE_IMAGE=\S+:\S*\d+\.\d+\S*$", dockerfile.read_text(), re.M)
 
 
@@ -88,7 +89,7 @@ def test_what_is_locked_is_what_is_pinned():
     lock = (ROOT / "requirements.lock").read_text()
     groups = ["dependencies", *project["optional-dependencies"]]
     pins = [each.split(";")[0] for each in requirements.list_requirements(project, groups)]
-    pins = [re.sub(r"\[.*\]", "", each) for each in pins if "==" in each and "torch" not in each]
+    pins = [re.sub(r"\[.*\]", "", each) for each in pins if "==" in each]
     assert len(pins) > 20 and not [pin for pin in pins if f"\n{pin} " not in f"\n{lock.lower()}"]
     names = {}
     for groups in (["dependencies"], *(["dependencies", framework] for framework in FRAMEWORKS)):
@@ -107,6 +108,27 @@ def test_what_is_locked_is_what_is_pinned():
     assert names["dependencies"] - rest == {"numpy", "ml-dtypes"}
     with pytest.raises(SystemExit, match="not in the lock file: jinja2, keras, .*: make lock"):
         requirements.list_locked(project, ["dependencies"], "")
+
+
+def test_of_pytorch_one_build_is_installed():
+    """By hashes of that build alone, with the libraries that it was built for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (pin,) = project["optional-dependencies"]["torch"]
+    locks = [(ROOT / name).read_text() for name in ("requirements.lock", "requirements-torch.lock")]
+    hashes = set()
+    for build, toolkit in ("cpu", None), ("cu126", "12.6"), ("", "13.0"):
+        torch, *libraries = requirements.list_torch(locks, build)
+        assert torch.startswith(pin + (f"+{build} " if build else " "))
+        assert not hashes & {*re.findall("sha256:[0-9a-f]{64}", torch)}
+        hashes |= {*re.findall("sha256:[0-9a-f]{64}", torch)}
+        found = re.findall(r"^cuda-toolkit==(\d+\.\d+)", "".join(libraries), re.M)
+        assert found == ([toolkit] if toolkit else []) and all("sha256:" in b for b in libraries)
+    rest = requirements.list_locked(project, ["dependencies", "torch"], locks[0])
+    names = {requirements.name_package(block) for block in rest}
+    assert "sympy" in names and "torch" not in names
+    assert [name for name in names if name.startswith(requirements.LIBRARIES)] == ["nvidia-ml-py"]
+    with pytest.raises(SystemExit, match="expected a build of '', 'cpu', 'cu126', got 'cu118'"):
+        requirements.list_torch(locks, "cu118")
 
 
 def test_an_image_for_a_gpu_does_not_measure_the_cpu(tmp_path, backend):
