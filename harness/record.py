@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 import textwrap
 import time
@@ -387,13 +388,15 @@ def append_record(path, record):
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
-        size = os.fstat(file).st_size
+        about = os.fstat(file)
+        size = about.st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
             line = b"\n" + line
         try:
             if os.write(file, line) != len(line):
                 raise OSError(errno.ENOSPC, "the record did not fit", str(path))
-            os.fsync(file)
+            if stat.S_ISREG(about.st_mode):  # no disk keeps /dev/null
+                os.fsync(file)
         except OSError:
             # The first error is the one to tell; a torn line is healed above.
             with suppress(OSError):

@@ -198,6 +198,11 @@ def test_no_space_is_an_os_error():
     assert caught.value.errno == errno.ENOSPC
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="this system has no /dev/null")
+def test_records_may_be_thrown_away():
+    rec.append_record("/dev/null", make_record())  # which no disk keeps: there is nothing to sync
+
+
 def test_broken_lines_are_named_and_skipped(tmp_path):
     path = tmp_path / "results.jsonl"
     good = json.dumps(make_record()).encode()
