@@ -450,6 +450,13 @@ def load_model(path, precision):
     return model
 
 
+def require_logits(model, wanting):
+    """ConfigError for a model that gives something else, such as two outputs or a picture."""
+    shape = model.output_shape
+    if not isinstance(shape, tuple) or len(shape) != 2 or not isinstance(shape[1], int):
+        raise ConfigError(f"{wanting}: expected one output of logits (batch, classes), got {shape}")
+
+
 def count_parameters(model):
     """Numbers in all weights, moving statistics of batch normalisation included, but not the mean
     and variance of the pixels."""
@@ -592,6 +599,8 @@ def measure(config, model_flags, row, report):
         server, shape = start_native(config, report), (224, 224, 3)
     else:
         model = create_model(config, model_flags)
+        if config.export:
+            require_logits(model, "--export")
         shape = model.input_shape[1:]
         report["model"] |= {
             "parameters": count_parameters(model),

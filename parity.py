@@ -293,6 +293,8 @@ if __name__ == "__main__":
     CONFIG, FLAGS, MODEL_FLAGS = parse_split(
         ParityConfig, sys.argv[1:], __doc__.split("\n\n")[0], own=("precision", "results_path")
     )
+    if MODEL_FLAGS and CONFIG.model != "vit":
+        fail(f"expected flags after -- for --model vit alone, got --model {CONFIG.model}")
     check_writable(results_path=CONFIG.results_path)
     if not CONFIG.observed:
         sys.exit(main(CONFIG, FLAGS, MODEL_FLAGS))
@@ -429,6 +431,7 @@ def write_observed(config, model_flags):
     choices = {"keras_backend": engine.BACKEND, "data_format": "channels_last"}
     keras.utils.set_random_seed(config.seed)
     model = latency.create_model(latency.LatencyConfig(model=config.model, **choices), model_flags)
+    latency.require_logits(model, f"--model {config.model}")
     facts = {
         **{key: report[key] for key in ("backend", "precision", "device", "versions", "notes")},
         "model": config.model,

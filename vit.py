@@ -315,7 +315,8 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
             )
         check_writable(results_path=CONFIG.results_path)
         COMMAND = [sys.executable, *sys.orig_argv[1:]]
-        sys.exit(fitting.run_smaller(COMMAND, SIZES, CONFIG.results_path, IS_CAPPED))
+        CHOICES = dataclasses.asdict(CONFIG)
+        sys.exit(fitting.run_smaller(COMMAND, SIZES, CONFIG.results_path, IS_CAPPED, CHOICES))
     if not environment.has_cuda():
         _accept_cpu(CONFIG.allow_cpu)
         if CONFIG.keras_backend == "torch":
@@ -824,10 +825,8 @@ def run_experiment(config, dataset, report, files, run=None):
     if not has_validation:
         missing = ("val_loss", "val_accuracy", "val_top5_accuracy")
         notes += [f"quality.{name}: there are no validation images" for name in missing]
-    if best and best.path.exists():
-        quality["best_epoch"] = files.best["epoch"]
-        model.load_weights(best.path)
-    else:
+    quality["best_epoch"] = best.load() if best else None
+    if not quality["best_epoch"]:
         quality["best_epoch"] = len(quality["loss"])
         notes.append("the last epoch's weights were tested")
     started = time.perf_counter()
@@ -1060,11 +1059,12 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         is_shown=config.verbose,
         problems=files.problems,
     )
+    # Before W&B, which may take its time: a run that is over is not to be gone on with.
+    state.close_folder(files, is_over=exit_code == 0 or report["status"] == "diverged")
     if run is not None and not finish_wandb(run, report):
         exit_code = exit_code or ending.NOT_WRITTEN
-    state.close_folder(files, is_over=exit_code == 0 or report["status"] == "diverged")
     return exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    ending.leave(main(CONFIG))

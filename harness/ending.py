@@ -4,11 +4,13 @@ The exit codes are listed at the top of vit.py. An exception that is no surprise
 it means: its class has `ending`, a status and an exit code.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 import traceback
 
 NOT_WRITTEN = 6
@@ -49,12 +51,22 @@ def end_with(call):
         code = 130
     except BrokenPipeError:
         sys.stdout, code = open(os.devnull, "w"), 141
+    leave(code)
+
+
+def leave(code):
+    """End this process; threads at work in a library would crash where it is taken down."""
+    if LEFT:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 RUNNING = []  # something while a signal may still end the run
 ASKED = []  # the signals that came
 IN_STEPS = []  # something while a step is to be finished first
+LEFT = []  # something for each thread that is still at work
 
 
 @contextlib.contextmanager
@@ -66,6 +78,38 @@ def finishing_steps():
         check()
     finally:
         IN_STEPS.clear()
+
+
+@contextlib.contextmanager
+def compiling():
+    """Within it, in a step, SIGTERM and Ctrl-C do not wait: a compilation may take a minute."""
+    paused = [*IN_STEPS]
+    IN_STEPS.clear()
+    try:
+        check()
+        yield
+    finally:
+        IN_STEPS.extend(paused)
+
+
+def wait_for(call):
+    """What `call` returns, from a thread of its own. Signals are looked at by Python's main thread
+    alone, and not while that is in a compiler of C++; one that ends the run leaves it at work."""
+    done = concurrent.futures.Future()
+
+    def work():
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    LEFT.append(True)
+    threading.Thread(target=work, daemon=True).start()
+    while not done.done():
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            done.exception(timeout=0.1)
+    LEFT.pop()  # not where a signal has ended the run: then the thread is still at work
+    return done.result()
 
 
 def check():

@@ -22,6 +22,7 @@ from unittest import mock
 import keras
 import numpy as np
 
+from harness import ending
 from harness.telemetry import HOST_MEMORY
 
 BACKEND = keras.backend.backend()
@@ -255,7 +256,7 @@ def compile_forward(model, is_frozen=False):
         def call(x):
             kind = x.shape, x.dtype
             if kind not in compiled:
-                compiled[kind] = infer.lower(*read(), x).compile()
+                compiled[kind] = ending.wait_for(infer.lower(*read(), x).compile)
                 _drop_garbage()
             return compiled[kind](*read(), x)
 
@@ -385,7 +386,8 @@ class _JaxTraining:
         arguments = (self.state, self.images, self.labels, order, draws)
         if self.compiled is None:
             lowered = self.train_steps.lower(*arguments)
-            self.compiled = lowered.compile(_list_compiler_options())
+            with ending.compiling():
+                self.compiled = ending.wait_for(partial(lowered.compile, _list_compiler_options()))
             jax.clear_caches()  # of what was traced: 0.1 GB
             _drop_garbage()
         self.state, losses = self.compiled(*arguments)
@@ -476,7 +478,8 @@ class _TorchTraining:
             arguments = (self.trained, carried, self.images, self.labels, *rows)
             if self.compiled is None:
                 differentiate = partial(self._differentiate, len(order))
-                self.compiled = _compile_torch(differentiate, *arguments)
+                with ending.compiling():
+                    self.compiled = _compile_torch(differentiate, *arguments)
             loss, *gradients = self.compiled(*arguments)
             if sums is None:
                 sums = gradients

@@ -43,13 +43,14 @@ def list_sizes(batch_size, largest, is_even):
     return sizes
 
 
-def run_smaller(command, sizes, path, is_capped):
+def run_smaller(command, sizes, path, is_capped, choices):
     """Run a command with --micro-batch-size of each of the sizes (None: without that flag), until
     one does not run out of memory; returns its exit code, that of the last if none.
 
     Args:
         path: of the records: one is written here where the last was killed, and could not itself.
         is_capped: whether memory that cannot be had may end a process by an abort, too.
+        choices: all of the run's, for that record.
     """
     tried, child = [], None
     kills = [signal.SIGKILL, *((signal.SIGABRT, signal.SIGSEGV) if is_capped else ())]
@@ -76,11 +77,12 @@ def run_smaller(command, sizes, path, is_capped):
                 f"--fit-memory: parts of {size} images did not fit: smaller ones", file=sys.stderr
             )
     if -code in kills:
-        remedy = "lower --micro-batch-size" + (" or raise --memory-limit" if is_capped else "")
+        remedy = "take a smaller model or --image-size" if size else "lower --micro-batch-size"
+        remedy += " or raise --memory-limit" if is_capped else ""
         error = f"out of memory: {remedy} (ended by {signal.Signals(-code).name})"
         known = os.environ.get("VIT_RECORD_ID")
         name = {"id": known} if known else {}
-        record.append_loss(path, "train", status="oom", error=error, **name)
+        record.append_loss(path, "train", status="oom", error=error, config=choices, **name)
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         return 3
     return code if code >= 0 else 128 - code

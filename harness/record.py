@@ -214,20 +214,25 @@ def finish_record(
 
 def deliver_record(path, record, is_shown):
     """Append a finished record, and tell a person how the run ended: where it failed on stderr,
-    and where `is_shown` in a summary. Returns whether the record was written."""
-    program, written = Path(sys.argv[0]).name, path
+    and where `is_shown` in a summary; nobody may be there to read it. Returns whether the record
+    was written."""
+    program, written, told = Path(sys.argv[0]).name, path, []
     if record["status"] != "ok":
-        print(f"{program}: {record['status']}: {record['error']}", file=sys.stderr)
+        told.append(f"{program}: {record['status']}: {record['error']}")
     try:
         append_record(path, record)
     except OSError as problem:
-        print(f"{program}: the record could not be written: {problem}", file=sys.stderr)
+        told.append(f"{program}: the record could not be written: {problem}")
         written = f"not written: {problem}"
+    with suppress(BrokenPipeError):
+        for line in told:
+            print(line, file=sys.stderr)
     if is_shown:
-        print(f"{summarize(record)}\n  {'record':<14} {written}", flush=True)
-        for note in record["notes"]:
-            if note.startswith("not written: "):
-                print(f"  {note}", flush=True)
+        left = [f"  {note}" for note in record["notes"] if note.startswith("not written: ")]
+        try:
+            print(summarize(record), f"  {'record':<14} {written}", *left, sep="\n", flush=True)
+        except BrokenPipeError:  # and nothing is left to be flushed at the end
+            sys.stdout = open(os.devnull, "w")
     return written == path
 
 

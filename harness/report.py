@@ -141,7 +141,7 @@ def plot_throughput(axes, report):
     """Throughput against latency, a point a batch size"""
     for index, label in enumerate(report["labels"]):
         cells = report["cells"]
-        sizes = [key.split()[0] for key in cells if key.endswith(" p50_ms")]
+        sizes = [key.split()[0] for key in cells if key.endswith(" images_per_second")]
         points = [
             [cells[f"{size} {name}"][index]["median"] for name in ("p50_ms", "images_per_second")]
             for size in sizes

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-SCHEMA = 1  # goes up when a file's meaning changes
+SCHEMA = 2  # goes up when a file's meaning changes
 STATES = ("state.npz", "state.before.npz")  # the newer first
 # Choices on which a training does not depend, but for rounding.
 OTHER = {
@@ -177,7 +177,7 @@ def replace(path, write, room, before=None):
 
     room: bytes that it will need, about: HDF5 crashes the process where the disk gets full.
     """
-    made = path.with_name(f"new.{path.name}")
+    made = path.with_name(f"new.{os.getpid()}.{path.name}")  # another run may have this path, too
     try:
         with made.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room)
@@ -210,6 +210,11 @@ def digest(facts, arrays):
         found.update(f"{array.dtype} {array.shape}".encode())
         found.update(np.ascontiguousarray(array))
     return found.hexdigest()
+
+
+def digest_file(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(path, name):
@@ -330,8 +335,26 @@ class KeepBest(keras.callbacks.Callback):
         if not logs["val_accuracy"] > before["accuracy"]:
             return
         files.best = {"epoch": epoch + 1, "accuracy": logs["val_accuracy"]}
-        if not files.save("the best weights", self.model.save_weights, self.path, self.model):
+        if files.save("the best weights", self.model.save_weights, self.path, self.model):
+            files.best["digest"] = digest_file(self.path)
+        else:
             files.best = before
         # The two states on the disk may still name the two before.
         for old in sorted(files.folder.glob("best-*.weights.h5"))[:-3]:
             old.unlink(missing_ok=True)
+
+    def load(self):
+        """Give the model the best epoch's weights, and return which that was. None where they are
+        not there, or not whole, which is told and noted: the model is as it was."""
+        if not self.files.best["epoch"]:
+            return None
+        try:
+            if digest_file(self.path) != self.files.best["digest"]:
+                raise OSError("damaged")
+            self.model.load_weights(self.path)
+            return self.files.best["epoch"]
+        except OSError as error:
+            line = f"lost: {self.path.name}, the best weights: {error.strerror or error}"
+            self.files.problems.append(line)
+            tell(line)
+            return None

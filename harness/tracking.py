@@ -11,9 +11,10 @@ from pathlib import Path
 
 PROJECT = "keras3_edge_baseline"  # unless WANDB_PROJECT names another
 # Seconds. What a server that is not there costs a run: to ask whether it is, at the start and at
-# the end, and to wait for the rest to be uploaded. W&B's own variables, where set, win.
+# the end, and to wait for the rest to be uploaded. A run that SIGTERM ended has 10 for its end.
+# W&B's own variables, where set, win.
 ASKING = 3
-PATIENCE = {"init_timeout": 5, "finish_timeout": 8}
+PATIENCE = {"init_timeout": 5, "finish_timeout": 5}
 CLOUD = "api.forge.coreweave.com"  # W&B's own since 0.31; a key for its older name is good there
 ROOM = 2**16  # bytes; with less left on a disk, W&B cannot have written all that it keeps there
 
@@ -29,6 +30,8 @@ def start_run(refusal, **settings):
     """
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(f"wandb is not installed: pip install wandb, or run with {refusal}")
+    # It would tell another server of its failures: where a network is silent, another 13 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     # Where a disk is full W&B cannot keep a log of what it does: thousands of lines told of that.

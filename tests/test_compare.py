@@ -549,7 +549,23 @@ def test_a_logarithmic_axis_has_plain_numbers(low, high, ticks):
     assert not axes.get_xticklabels(minor=True)
 
 
-def test_a_batch_that_failed_is_not_measured():
+def test_serving_under_load_is_compared(bench):
+    items = serve_both()
+    for item in items:
+        p50 = item["timing"]["p50_seconds"]
+        item["timing"] |= {"load_p50_seconds": 2 * p50, "load_p99_seconds": 9 * p50}
+        item["timing"] |= {"served_per_second": 5.0, "slo_per_second": 1 / p50}
+    report = report_on(items)
+    assert report["cells"]["8 slo_per_second"][1]["lines"] == [
+        "50.0 (45.5–55.6)",
+        "2.00 times (2.00–2.00)",
+    ]
+    titles = [row["title"] for row in report["rows"]]
+    assert "batch 1: under load: p99, ms" in titles
+    assert "batch 1: most requests/s in --slo-ms" in titles
+
+
+def test_a_batch_that_failed_is_not_measured(bench):
     error = {"status": "oom", "error": "out of memory: lower --batch-sizes 8"}
     report = report_on(serve_both(**error))
     assert report["rows"][0]["cells"][1]["lines"] == ["3 of 3"]  # batch 1 did run
@@ -559,7 +575,10 @@ def test_a_batch_that_failed_is_not_measured():
     said = "batch 8: oom: out of memory: lower --batch-sizes 8"
     assert report["failed"] == [f"torch {repeat}, {said}" for repeat in (1, 2, 3)]
     alone = [serve("jax", 1, 1, 0.01), serve("jax", 1, 8, 1, **error, timing={})]
-    assert "8 p50_ms" in report_on(alone)["cells"]  # a row, though no entry ran it
+    report = report_on(alone)
+    assert "8 p50_ms" in report["cells"]  # a row, though no entry ran it
+    reports.write_report(report, bench / "out")
+    assert "batch 8: oom" in (bench / "out/report.html").read_text()
 
 
 def test_serving_by_hand_without_a_comparison_is_paired_in_its_order():

@@ -389,6 +389,27 @@ print(1)
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_model_of_two_outputs_is_neither_exported_nor_checked(tmp_path):
+    code = """
+import json
+import keras
+
+pixels = keras.Input((8, 8, 3))
+x = keras.layers.Flatten()(pixels)
+keras.Model(pixels, [keras.layers.Dense(n)(x) for n in (2, 3)]).save("two.keras")
+print(json.dumps(True))
+"""
+    run_code(tmp_path, "jax", code)
+    flags = ("--model=two.keras", "--batch-sizes=1", *QUICK, "--export", "onnx")
+    told = "expected one output of logits (batch, classes), got [(None, 2), (None, 3)]"
+    done = run_latency(tmp_path, *flags, model_flags=())
+    assert done.returncode == 2 and f"--export: {told}" in done.stderr
+    words = (ROOT / "parity.py", "--model=two.keras", "--backends", "jax", "torch")
+    done = run_python(tmp_path, *words)
+    assert done.returncode == 2 and f"--model two.keras: {told}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_flags_before_and_after_the_dashes(tmp_path):
     done = run_latency(tmp_path, model_flags=("--precision=bfloat16",))
     assert done.returncode == 2 and only_line(done).endswith(

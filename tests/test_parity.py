@@ -157,6 +157,10 @@ def test_a_comparison_asks_first_whether_the_backends_compute_the_same(tmp_path)
         (["--files", "text.npz", "text.npz"], "text.npz: expected a file of --observed"),
         (["--model=vgg"], "--model: expected a file PATH.keras or one of vit"),
         (["--steps=-1"], "--steps: expected 0 or more, got -1"),
+        (
+            ["--model=vit-b16", "--", "--recipe=tiny"],
+            "expected flags after -- for --model vit alone",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, told):

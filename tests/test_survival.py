@@ -120,6 +120,27 @@ def test_a_damaged_state_is_passed_over(tmp_path, whole):
     assert losses(read_last_record(tmp_path)) == losses(whole)
 
 
+@ONE_BACKEND
+@pytest.mark.parametrize("harm, told", [("change", "damaged"), ("remove", "No such file")])
+def test_best_weights_that_are_not_whole_are_not_tested(tmp_path, backend, harm, told):
+    still = "--learning-rate=1e-12"  # so that no later epoch is better than the first
+    with start(tmp_path, still) as child:
+        wait_for_epoch(child, 3)
+        child.kill()
+    (path,) = (tmp_path / "runs").glob("*/best-000001.weights.h5")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    if harm == "remove":
+        path.unlink()
+    done = run_vit(tmp_path, *LONG, still, "--resume")
+    assert done.returncode == 6, done.stderr
+    assert f"lost: {path.name}, the best weights: {told}" in done.stderr
+    item = read_last_record(tmp_path)
+    assert item["status"] == "ok" and item["quality"]["best_epoch"] == EPOCHS
+    assert "the last epoch's weights were tested" in item["notes"]
+
+
 def test_states_that_are_torn_or_of_another_run_are_not_taken(tmp_path):
     code = """
 import json
@@ -284,6 +305,47 @@ print(ending.run_to_end(run, "x"), ending.ASKED)
         assert child.communicate(timeout=30)[0] == "('interrupted', 'Ctrl-C', 130) [2, 2]\n"
 
 
+def test_no_signal_waits_for_a_compiler(tmp_path):
+    """Neither in a step, nor where the compiler never returns to Python."""
+    code = """
+import os, signal, threading, time
+from harness import ending
+
+def run():
+    with ending.finishing_steps(), ending.compiling():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        ending.wait_for(lambda: time.sleep(3600))
+
+ended = ending.run_to_end(run, "x")
+print(ended)
+ending.leave(ended[2])
+"""
+    done = run_python(tmp_path, "-c", code)
+    assert (done.stdout, done.stderr) == ("('interrupted', 'SIGTERM', 143)\n", "")
+    assert done.returncode == 143
+
+
+def test_what_a_compiler_gives_and_raises_is_passed_on():
+    from harness import ending
+
+    assert ending.wait_for(lambda: "code") == "code"
+    with pytest.raises(MemoryError, match="all of it"):
+        ending.wait_for(lambda: (_ for _ in ()).throw(MemoryError("all of it")))
+    assert not ending.LEFT
+
+
+def test_a_run_is_stopped_before_its_first_step(tmp_path):
+    caches = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    with start(tmp_path, backend="torch", **caches) as child:
+        while "images" not in child.stdout.readline():
+            assert child.poll() is None, child.stderr.read()
+        time.sleep(1)  # the compiler takes longer
+        child.terminate()
+    item = read_last_record(tmp_path)
+    assert child.returncode == 143 and item["status"] == "interrupted"
+    assert item["timing"]["start_seconds"] is None
+
+
 def run_on_disk(folder, size, *flags, **environment):
     """A run on a file system of its own; its records and a list of its files stay in `folder`."""
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
@@ -371,7 +433,8 @@ sys.exit(3 if size > 30 else 0)
 
     def run(sizes, is_capped=False):
         code = f"from pathlib import Path; from harness import fitting; words = {words!r}\n"
-        code += f"print(fitting.run_smaller(words, {sizes}, Path({str(path)!r}), {is_capped}))"
+        code += f"print(fitting.run_smaller(words, {sizes}, Path({str(path)!r}), {is_capped}, "
+        code += "{'batch_size': 512}))"
         return run_python(tmp_path, "-c", code)
 
     done = run([128, 64, 16, 8])
@@ -379,10 +442,10 @@ sys.exit(3 if size > 30 else 0)
     ran = (tmp_path / "ran.txt").read_text()
     assert ran == "128 after [] 64 after [128] 16 after [128 64] " and not path.exists()
     done = run([512, 256])  # the last is killed, too, and can write no record
-    assert (
-        done.stdout.strip() == "3" and "lower --micro-batch-size (ended by SIGKILL)" in done.stderr
-    )
-    assert read_last_record(tmp_path)["status"] == "oom"
+    assert done.stdout.strip() == "3"
+    assert "take a smaller model or --image-size (ended by SIGKILL)" in done.stderr
+    item = read_last_record(tmp_path)
+    assert item["status"] == "oom" and item["config"] == {"batch_size": 512}
     text = (tmp_path / "child.py").read_text()
     (tmp_path / "child.py").write_text(text.replace("SIGKILL", "SIGABRT"))
     assert run([512, 16]).stdout.strip() == str(128 + signal.SIGABRT)  # without a cap a fault
@@ -503,7 +566,6 @@ def test_a_wandb_server_that_fails_takes_nothing_away(tmp_path, before, later):
             WANDB_API_KEY="k" * 40,
             WANDB_DIR=str(tmp_path),
             WANDB_SILENT="false",
-            WANDB_ERROR_REPORTING="false",
         )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     item = read_last_record(tmp_path)
