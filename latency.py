@@ -431,10 +431,12 @@ def load_model(path, precision):
     if path.suffix != ".keras":
         known = ", ".join(["vit", *MODELS])
         raise ConfigError(f"--model: expected a file PATH.keras or one of {known}; got {path}")
+    if path.exists() and not zipfile.is_zipfile(path):  # of which Keras says that it is not found
+        raise ConfigError(f"--model: expected a Keras model, got {path}: it is no zip archive")
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
-        line = str(error).strip().splitlines()[0][:200]
+        line = " ".join(str(error).split())[:300]
         raise ConfigError(f"--model: expected a Keras model, got {path}: {line}") from error
     products = [part for part in model._flatten_layers() if hasattr(part, "kernel")]
     computed = {part.compute_dtype for part in products} - {"float32"}  # the last one's always is

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -177,7 +178,7 @@ def replace(path, write, room, before=None):
 
     room: bytes that it will need, about: HDF5 crashes the process where the disk gets full.
     """
-    made = path.with_name(f"new.{os.getpid()}.{path.name}")  # another run may have this path, too
+    made = path.with_name(f"new.{uuid.uuid4().hex[:8]}.{path.name}")  # another run's may be there
     try:
         with made.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room)

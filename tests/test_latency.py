@@ -292,7 +292,7 @@ def test_weights_of_torchvision_timm_and_deit_give_their_logits(tmp_path, backen
         (["--batch-sizes", "1", "0"], "--batch-sizes: expected sizes above 0, got 1 0"),
         (["--model=vgg"], "--model: expected a file PATH.keras or one of vit, vit-ti16"),
         (["--model=none.keras"], "--model: expected a Keras model, got none.keras"),
-        (["--model=text.keras"], "--model: expected a Keras model, got text.keras"),
+        (["--model=text.keras"], "expected a Keras model, got text.keras: it is no zip archive"),
         (["--model=resnet50", "--weights=text.pth"], "--weights: expected a state dict in .pth"),
         (["--slo-ms=5"], "--slo-ms: expected milliseconds above 0, and --load"),
         (["--load=uniform", "--rate=0"], "--rate: expected above 0, got 0"),
