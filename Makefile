@@ -108,8 +108,7 @@ advisories:
 	cd $(ADVISORIES) && mv PyPI.part PyPI.zip && mv exploited.part $(EXPLOITED)
 
 audit: $(STAMP)
-	cat $(LOCKS) >.venv/all.lock
-	.venv/bin/python harness/audit.py .venv/all.lock $(KNOWN)
+	.venv/bin/python harness/audit.py $(LOCKS) $(KNOWN)
 
 clean:
 	rm -rf .venv .venv-tensorflow .pytest_cache .ruff_cache report results.jsonl wandb

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from harness import ending, environment, record
-from harness.cli import BUILT_IN, ConfigError, check_writable, fail, parse_split, refuse
+from harness.cli import BUILT_IN, ConfigError, check_writable, parse_split, refuse
 from harness.export import EXPORTS, count_bytes, export_model
 
 BACKENDS = ("jax", "torch", "tensorflow")
@@ -176,8 +176,6 @@ def parse_words(argv):
     """(LatencyConfig, vit.py's flags) from a command line; ends the process on --help
     and on errors."""
     config, _, model_flags = parse_split(LatencyConfig, argv, __doc__.split("\n\n")[0])
-    if model_flags and config.model != "vit":
-        fail(f"expected flags after -- for --model vit alone, got --model {config.model}")
     return config, model_flags
 
 

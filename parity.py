@@ -293,8 +293,6 @@ if __name__ == "__main__":
     CONFIG, FLAGS, MODEL_FLAGS = parse_split(
         ParityConfig, sys.argv[1:], __doc__.split("\n\n")[0], own=("precision", "results_path")
     )
-    if MODEL_FLAGS and CONFIG.model != "vit":
-        fail(f"expected flags after -- for --model vit alone, got --model {CONFIG.model}")
     check_writable(results_path=CONFIG.results_path)
     if not CONFIG.observed:
         sys.exit(main(CONFIG, FLAGS, MODEL_FLAGS))
@@ -451,4 +449,4 @@ if __name__ == "__main__":
     )
     if status != "ok":
         print(f"parity.py: {status}: {message}", file=sys.stderr)
-    sys.exit(code)
+    ending.leave(code)

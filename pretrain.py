@@ -255,4 +255,4 @@ if __name__ == "__main__":
     check_writable(weights_path=CONFIG.weights_path, grid_path=CONFIG.grid_path)
     if CONFIG.grid_path.suffix.lower() not in (".png", ".jpg", ".webp"):
         fail(f"--grid-path: expected a name that ends with .png, got {CONFIG.grid_path}")
-    sys.exit(vit.main(CONFIG, kind="pretrain", experiment=run_pretraining))
+    vit.ending.leave(vit.main(CONFIG, kind="pretrain", experiment=run_pretraining))

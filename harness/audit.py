@@ -3,7 +3,7 @@
     make advisories     fetch what is known: OSV's advisories for PyPI, CISA's list of the exploited
     make audit          compare what is locked with it; needs no network
 
-    python harness/audit.py requirements.lock PyPI.zip known_exploited_vulnerabilities.json
+    python harness/audit.py LOCK... PyPI.zip known_exploited_vulnerabilities.json
 
 Exit code 0 where no locked version has a vulnerability that is known to be exploited (others are
 listed), 1 where one has, 2 where a file is missing or is none of these.
@@ -87,9 +87,10 @@ def find_vulnerabilities(pins, archive, exploited):
     return sorted(rows, key=lambda row: (not row[0], *row[1:]))
 
 
-def main(lock, advisories, exploited):
+def main(*paths):
+    *locks, advisories, exploited = paths
     try:
-        pins = read_pins(Path(lock).read_text())
+        pins = read_pins("".join(Path(lock).read_text() for lock in locks))
         catalogue = json.loads(Path(exploited).read_text())
         known = {item["cveID"] for item in catalogue["vulnerabilities"]}
         with zipfile.ZipFile(advisories) as archive:
@@ -113,6 +114,6 @@ def main(lock, advisories, exploited):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) < 4:
         sys.exit(__doc__)
     sys.exit(main(*sys.argv[1:]))

@@ -89,13 +89,16 @@ def parse_split(kind, argv, description, own=None):
     """(an instance of the dataclass `kind`, its flags, another program's flags, which stand after
     a --) from a command line; ends the process on --help and on errors.
 
-    own: fields, those of `kind` if None, whose flags are refused after the --.
+    own: fields, those of `kind` if None, whose flags are refused after the --. So are all where
+        `kind` has a model and that is another than vit.py's.
     """
     flags, others = split_words(argv)
     config = parse(kind, flags, description)
     own = [field.name for field in dataclasses.fields(kind)] if own is None else own
     if misplaced := sorted(list_flags(others) & {field.replace("_", "-") for field in own}):
         fail(f"--{misplaced[0]}: expected before --")
+    if others and (model := getattr(config, "model", "vit")) != "vit":
+        fail(f"expected flags after -- for --model vit alone, got --model {model}")
     return config, flags, others
 
 

@@ -105,9 +105,10 @@ def wait_for(call):
 
     LEFT.append(True)
     threading.Thread(target=work, daemon=True).start()
-    while not done.done():
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            done.exception(timeout=0.1)
+    with compiling():
+        while not done.done():
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                done.exception(timeout=0.1)
     LEFT.pop()  # not where a signal has ended the run: then the thread is still at work
     return done.result()
 

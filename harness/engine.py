@@ -386,8 +386,7 @@ class _JaxTraining:
         arguments = (self.state, self.images, self.labels, order, draws)
         if self.compiled is None:
             lowered = self.train_steps.lower(*arguments)
-            with ending.compiling():
-                self.compiled = ending.wait_for(partial(lowered.compile, _list_compiler_options()))
+            self.compiled = ending.wait_for(partial(lowered.compile, _list_compiler_options()))
             jax.clear_caches()  # of what was traced: 0.1 GB
             _drop_garbage()
         self.state, losses = self.compiled(*arguments)

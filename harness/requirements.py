@@ -54,16 +54,17 @@ def list_locked(project, groups, lock, without=()):
 def list_torch(locks, build):
     """The blocks of a build of PyTorch, such as cpu or cu126, and of what it needs of CUDA; of the
     package index's own, for CUDA 13, by the build "". It is in one of the lock files."""
-    known = []
+    known = {}  # build: its block and those beside it
     for blocks in map(split_blocks, locks):
         for block in blocks:
-            if name_package(block) == "torch":
-                known.append(re.match(r"torch==[^\s+]+\+?(\S*)", block)[1])
-                if known[-1] == build:
-                    needed = find_needed(blocks, {"torch"}) if build != "cpu" else []
-                    needed = [b for b in needed if name_package(b).startswith(LIBRARIES)]
-                    return [block, *needed]
-    sys.exit(f"requirements.py: expected a build of {', '.join(map(repr, known))}, got {build!r}")
+            if found := re.match(r"torch==[^\s+]+\+?(\S*)", block):
+                known[found[1]] = block, blocks
+    if build not in known:
+        expected = ", ".join(map(repr, known))
+        sys.exit(f"requirements.py: expected a build of {expected}, got {build!r}")
+    block, blocks = known[build]
+    needed = find_needed(blocks, {"torch"}) if build != "cpu" else []
+    return [block, *(each for each in needed if name_package(each).startswith(LIBRARIES))]
 
 
 def split_blocks(lock):

@@ -76,4 +76,4 @@ if __name__ == "__main__":
         if getattr(config, name) != getattr(default, name):
             got = f"expected {getattr(default, name)}, as the example has it"
             fail(f"{name_flag(name)}: {got}, got {getattr(config, name)}")
-    sys.exit(vit.main(config, subject=f"keras-io-{vit.engine.BACKEND}"))
+    vit.ending.leave(vit.main(config, subject=f"keras-io-{vit.engine.BACKEND}"))
