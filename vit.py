@@ -178,6 +178,7 @@ class ViTConfig:
     layer_scale: float | None = None  # first value of a weight on each channel of a branch
     init_weights: Path | None = None  # of the encoder, from pretrain.py
     # training
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the kernels of hidden layers
     learning_rate: float = 0.001
     learning_rate_batch: int | None = None  # scale learning_rate by batch_size over this
     schedule: Literal["constant", "cosine"] = "constant"

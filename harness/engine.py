@@ -23,6 +23,7 @@ import keras
 import numpy as np
 
 from harness import ending
+from harness.optimizer import Muon
 from harness.telemetry import HOST_MEMORY
 
 BACKEND = keras.backend.backend()
@@ -929,19 +930,21 @@ def return_memory():
 def _fuse_adam(optimizer, variables):
     """The update that a Keras optimiser makes, through PyTorch's fused kernel where it can be.
 
-    Adam and AdamW run fused, with clipping by the global norm and an average of the weights if
-    asked for; anything else runs Keras' own update. Keras adds epsilon to sqrt(v) before the bias
-    correction, PyTorch after (Kingma and Ba 2015, end of section 2), so PyTorch's kernel is told of
-    a step so late that it corrects nothing, and gets a rate that has been corrected.
+    Adam, AdamW and the part of Muon that is AdamW run fused, with clipping by the global norm and
+    an average of the weights if asked for; anything else runs Keras' own update. Keras adds epsilon
+    to sqrt(v) before the bias correction, PyTorch after (Kingma and Ba 2015, end of section 2), so
+    PyTorch's kernel is told of a step so late that it corrects nothing, and gets a rate that has
+    been corrected.
 
     Returns:
         (update, list_rates). update(gradients, *rates), tensors. list_rates(steps) gives what the
         coming steps are to get, a tuple of (steps,), or is None where that is nothing.
     """
     # On PyTorch Keras makes an optimiser of a backend class with the same name.
-    plain = type(optimizer).__name__ in ("Adam", "AdamW") and not any(
+    is_muon = isinstance(optimizer, Muon)
+    plain = (is_muon or type(optimizer).__name__ in ("Adam", "AdamW")) and not any(
         (
-            optimizer.amsgrad,
+            not is_muon and optimizer.amsgrad,
             optimizer.clipnorm,
             optimizer.clipvalue,
             optimizer.ema_overwrite_frequency,
@@ -953,9 +956,15 @@ def _fuse_adam(optimizer, variables):
         return lambda gradients: optimizer.apply(gradients, variables), None
 
     # PyTorch's state is Keras' variables themselves, so that saving a model saves it.
+    fused = [n for n, v in enumerate(variables) if not (is_muon and optimizer.is_matrix(v))]
+    if is_muon:
+        moments = optimizer.momentums, optimizer.adam_velocities
+        beta_1, beta_2 = optimizer.adam_beta_1, optimizer.adam_beta_2
+    else:
+        moments = optimizer._momentums, optimizer._velocities
+        beta_1, beta_2 = optimizer.beta_1, optimizer.beta_2
     tensors, momentums, velocities = (
-        [v.value for v in group]
-        for group in (variables, optimizer._momentums, optimizer._velocities)
+        [group[n].value for n in fused] for group in (variables, *moments)
     )
     decay = optimizer.weight_decay or 0.0
     decayed = [v.value for v in variables if decay and optimizer._use_weight_decay(v)]
@@ -974,7 +983,6 @@ def _fuse_adam(optimizer, variables):
             rates = _send(rates)
         else:
             rates = keras.ops.convert_to_tensor(optimizer.learning_rate).expand(steps)
-        beta_1, beta_2 = optimizer.beta_1, optimizer.beta_2
         factors = [math.sqrt(1 - beta_2 ** (n + 1)) / (1 - beta_1 ** (n + 1)) for n in coming]
         return rates, rates * _send(np.float32(factors))
 
@@ -986,11 +994,13 @@ def _fuse_adam(optimizer, variables):
             torch._foreach_mul_(gradients, optimizer.global_clipnorm / norm)
         if decayed:
             torch._foreach_mul_(decayed, 1 - rate * decay)
+        if is_muon:
+            optimizer.update_matrices(gradients, variables, rate)
         torch._fused_adamw_(
-            *(tensors, gradients, momentums, velocities, [], late),
+            *(tensors, [gradients[n] for n in fused], momentums, velocities, [], late),
             lr=corrected,
-            beta1=optimizer.beta_1,
-            beta2=optimizer.beta_2,
+            beta1=beta_1,
+            beta2=beta_2,
             weight_decay=0.0,
             eps=optimizer.epsilon,
             amsgrad=False,
@@ -999,7 +1009,7 @@ def _fuse_adam(optimizer, variables):
         if optimizer.use_ema:  # which starts at the first step's weights
             averages = [v.value for v in optimizer._model_variables_moving_average]
             share = 1 - optimizer.ema_momentum if has_stepped else 1.0
-            torch._foreach_lerp_(averages, tensors, share)
+            torch._foreach_lerp_(averages, [v.value for v in variables], share)
         has_stepped = True
         optimizer.iterations.value.add_(1)
 

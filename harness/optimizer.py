@@ -1,4 +1,7 @@
-"""What a training step minimises, and how it moves the weights: loss, schedule, AdamW, averages."""
+"""What a training step minimises, and how it moves the weights: loss, schedule, AdamW or Muon,
+averages."""
+
+import math
 
 import keras
 from keras import ops
@@ -13,8 +16,63 @@ def crossentropy(labels, logits):
     return ops.categorical_crossentropy(labels, logits, from_logits=True)
 
 
+@keras.saving.register_keras_serializable("vit")
+class Muon(keras.optimizers.Muon):
+    """Muon for the kernels of hidden layers, AdamW for everything else, by one learning rate.
+
+    What moves a kernel is its momentum with all singular values made about 1 by five steps of a
+    Newton-Schulz iteration (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), scaled
+    to the length that AdamW's steps have (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+
+    Keras' own takes weights of two dimensions, one after the other. Here the projections of
+    attention and convolutions are matrices, too, and all of one shape are computed at once, in the
+    precision of the model's matrix products.
+    """
+
+    def is_matrix(self, variable):
+        """Whether it is a hidden layer's kernel, but no vector."""
+        is_hidden = variable.name == "kernel" and "logits" not in variable.path.split("/")
+        return is_hidden and 1 not in flatten(variable.shape)
+
+    def _should_use_adamw(self, variable):
+        return not self.is_matrix(variable)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        self.update_matrices(grads, trainable_variables, learning_rate)
+        for gradient, variable in zip(grads, trainable_variables):
+            if not self.is_matrix(variable):
+                self.update_step(gradient, variable, learning_rate)
+
+    def update_matrices(self, gradients, variables, learning_rate):
+        """Move those of the variables that are matrices."""
+        groups = {}
+        for gradient, variable in zip(gradients, variables):
+            if self.is_matrix(variable):
+                groups.setdefault(flatten(variable.shape), []).append((gradient, variable))
+        for shape, members in groups.items():
+            moves = []
+            for gradient, variable in members:
+                momentum = self.momentums[self._get_variable_index(variable)]
+                momentum.assign(momentum * self.momentum + gradient)
+                moves.append(ops.reshape(gradient + momentum * self.momentum, shape))
+            moves = ops.cast(ops.stack(moves), keras.config.dtype_policy().compute_dtype)
+            moves = ops.cast(self.zeropower_via_newtonschulz5(moves, self.ns_steps), "float32")
+            moves = moves * (learning_rate * self.rms_rate * math.sqrt(max(shape)))
+            for number, (_, variable) in enumerate(members):
+                variable.assign(variable - ops.reshape(moves[number], variable.shape))
+
+
+def flatten(shape):
+    """A kernel's shape as that of a matrix, cut where it is closest to a square: (inputs, heads,
+    size), (heads, size, outputs) and (height, width, channels, filters) each between inputs and
+    outputs."""
+    cuts = ((math.prod(shape[:n]), math.prod(shape[n:])) for n in range(1, len(shape)))
+    return min(cuts, key=lambda cut: max(cut) / min(cut))
+
+
 def create_optimizer(config, model, steps):
-    """AdamW for a model, over epochs of so many steps, scheduled as the configuration asks."""
+    """AdamW or Muon for a model, over epochs of so many steps, scheduled as the configuration
+    asks."""
     rate = config.learning_rate
     if config.learning_rate_batch:  # Goyal et al. 2017, https://arxiv.org/abs/1706.02677
         rate *= config.batch_size / config.learning_rate_batch
@@ -28,15 +86,22 @@ def create_optimizer(config, model, steps):
             warmup_target=rate if warmup else None,
             warmup_steps=warmup,
         )
-    optimizer = keras.optimizers.AdamW(
-        schedule,
-        weight_decay=config.weight_decay,
-        beta_1=config.beta_1,
-        beta_2=config.beta_2,
-        global_clipnorm=config.clip_norm,
-        use_ema=config.ema is not None,
-        ema_momentum=config.ema or 0.0,
-    )
+    choices = {
+        "learning_rate": schedule,
+        "weight_decay": config.weight_decay,
+        "global_clipnorm": config.clip_norm,
+        "use_ema": config.ema is not None,
+        "ema_momentum": config.ema or 0.0,
+    }
+    if config.optimizer == "muon":
+        optimizer = Muon(
+            **choices,
+            adam_weight_decay=config.weight_decay,
+            adam_beta_1=config.beta_1,
+            adam_beta_2=config.beta_2,
+        )
+    else:
+        optimizer = keras.optimizers.AdamW(**choices, beta_1=config.beta_1, beta_2=config.beta_2)
     if config.decay_kernels_only:
         others = [v for v in model.trainable_variables if v.name != "kernel"]
         optimizer.exclude_from_weight_decay(var_list=others)

@@ -85,6 +85,7 @@ class Config:
     attention_dropout: float = 0.1
     head_dropout: float = 0.5
     drop_path: float = 0.0  # chance to skip a branch in the last block; less in those before
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the kernels of hidden layers
     learning_rate: float = 0.001
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_epochs: float = 0.0  # the cosine schedule begins with a line from 0 to learning_rate
@@ -252,6 +253,11 @@ def fill_batches(images, labels, batch_size):
             y = np.concatenate([y, np.full(missing, -1, y.dtype)])
         yield x, y
 
+
+# Muon (https://kellerjordan.github.io/posts/muon/), scaled to the length of AdamW's steps
+# (https://arxiv.org/abs/2502.16982).
+MOMENTUM, STEP_LENGTH = 0.95, 0.2
+NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5  # a X + b X X' X + c (X X')^2 X, so many times
 
 # ---------------------------------------------------------------------------------------------
 # A run

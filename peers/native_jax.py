@@ -213,23 +213,57 @@ def shift(images, maps, fill):
     return jnp.where(inside, images[jnp.arange(len(images))[:, None, None], y, x], fill)
 
 
-def update_adamw(config, parameters, gradients, first, second, step, rate):
-    """AdamW as Keras writes it: decay first, epsilon 1e-7 beside the uncorrected root (Kingma and
-    Ba 2015, end of section 2). Returns parameters and both moments."""
+def is_moved_by_muon(config, path):
+    """Whether a weight is a hidden layer's kernel and Muon asked for; AdamW moves all others."""
+    is_hidden = path[-1].key == "kernel" and path[0].key not in ("pool", "logits")
+    return config.optimizer == "muon" and is_hidden
+
+
+def orthogonalize(x):
+    """Matrices (number, rows, columns) with singular values of about 1, by Newton-Schulz."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+    for a, b, c in common.NEWTON_SCHULZ:
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+def update(config, parameters, gradients, first, second, step, rate, dtype):
+    """A step of AdamW as Keras writes it: decay first, epsilon 1e-7 beside the uncorrected root
+    (Kingma and Ba 2015, end of section 2); or of Muon, where matrices of one shape are computed at
+    once, in dtype. Returns parameters and both moments."""
     beta1, beta2 = 0.9, config.beta_2
-
-    def decay(path):
-        is_decayed = path[-1].key == "kernel" or not config.decay_kernels_only
-        return config.weight_decay if is_decayed else 0.0
-
     alpha = rate * jnp.sqrt(1 - beta2**step) / (1 - beta1**step)
-    first = jax.tree.map(lambda m, g: m + (g - m) * (1 - beta1), first, gradients)
-    second = jax.tree.map(lambda v, g: v + (g * g - v) * (1 - beta2), second, gradients)
-    parameters = jax.tree_util.tree_map_with_path(
-        lambda path, p, m, v: p - p * (decay(path) * rate) - alpha * m / (jnp.sqrt(v) + 1e-7),
-        *(parameters, first, second),
-    )
-    return parameters, first, second
+    leaves, tree = jax.tree.flatten_with_path(parameters)
+    new, groups = [], {}  # [parameter, moments]; by shape, which of them and a matrix of its move
+    for (path, p), g, m, v in zip(leaves, *map(jax.tree.leaves, (gradients, first, second))):
+        if path[-1].key == "kernel" or not config.decay_kernels_only:
+            p = p - p * (config.weight_decay * rate)
+        if is_moved_by_muon(config, path):
+            m = common.MOMENTUM * m + g
+            is_three = path[-2] == jax.tree_util.DictKey("qkv")  # matrices, of each a row
+            move = g + common.MOMENTUM * m
+            move = move.reshape((len(p), 3, -1) if is_three else (-1, 1, p.shape[-1]))
+            for matrix in jnp.unstack(move, axis=1):
+                groups.setdefault(matrix.shape, []).append((len(new), matrix))
+        else:
+            m = m + (g - m) * (1 - beta1)
+            v = v + (g * g - v) * (1 - beta2)
+            p = p - alpha * m / (jnp.sqrt(v) + 1e-7)
+        new.append([p, m, v])
+    moves = {}
+    for shape, members in groups.items():
+        places, matrices = zip(*members)
+        found = orthogonalize(jnp.stack(matrices).astype(dtype)).astype("float32")
+        found *= rate * common.STEP_LENGTH * math.sqrt(max(shape))
+        for place, move in zip(places, found):
+            moves.setdefault(place, []).append(move)
+    for place, matrices in moves.items():
+        p = new[place][0]
+        new[place][0] = p - jnp.stack(matrices, axis=1).reshape(p.shape)
+    return [jax.tree.unflatten(tree, values) for values in zip(*new)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -303,7 +337,7 @@ class Peer:
                     factor = jnp.minimum(1, config.clip_norm / norm)
                     gradients = jax.tree.map(lambda g: g * factor, gradients)
                 moments = state["first"], state["second"]
-                new = update_adamw(config, parameters, gradients, *moments, step, rate)
+                new = update(config, parameters, gradients, *moments, step, rate, dtype)
                 new = dict(zip(("parameters", "first", "second"), new))
                 if config.ema:  # of the first step's weights, not of those before it
                     kept = jnp.where(step == 1, 0.0, config.ema)
@@ -353,7 +387,10 @@ class Peer:
         self.state = {
             "parameters": parameters,
             "first": jax.tree.map(jnp.zeros_like, parameters),
-            "second": jax.tree.map(jnp.zeros_like, parameters),
+            "second": jax.tree.map_with_path(
+                lambda path, p: jnp.zeros(() if is_moved_by_muon(self.config, path) else p.shape),
+                parameters,
+            ),
             "step": jnp.int32(0),
             "sums": jnp.zeros(3),  # of the epoch's losses, accuracies and top-5 accuracies
             "key": jax.random.key(self.config.seed),

@@ -241,6 +241,47 @@ def shift(images, maps, fill):
 # Training and evaluation
 
 
+def orthogonalize(x):
+    """Matrices (number, rows, columns) with singular values of about 1, by Newton-Schulz."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for a, b, c in common.NEWTON_SCHULZ:
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon:
+    """Moves kernels; matrices of one shape are computed at once, in dtype."""
+
+    def __init__(self, kernels, weight_decay, dtype):
+        """kernels: by name; queries, keys and values in one are three matrices."""
+        self.counts = [3 if "qkv" in name else 1 for name in kernels]
+        self.weights = self.cut(weight.detach() for weight in kernels.values())
+        self.momenta = [torch.zeros_like(weight) for weight in self.weights]
+        self.weight_decay, self.dtype = weight_decay, dtype
+        self.groups = {}
+        for number, weight in enumerate(self.weights):
+            self.groups.setdefault(weight.shape, []).append(number)
+
+    def cut(self, tensors):
+        pairs = zip(tensors, self.counts)
+        return [matrix for x, count in pairs for matrix in x.flatten(1).chunk(count)]
+
+    @torch.no_grad()
+    def step(self, gradients, rate):
+        gradients = self.cut(gradients)
+        torch._foreach_mul_(self.momenta, common.MOMENTUM)
+        torch._foreach_add_(self.momenta, gradients)
+        moves = torch._foreach_add(gradients, self.momenta, alpha=common.MOMENTUM)
+        torch._foreach_mul_(self.weights, 1 - rate * self.weight_decay)
+        for shape, numbers in self.groups.items():
+            found = orthogonalize(torch.stack([moves[n] for n in numbers]).to(self.dtype)).float()
+            found *= rate * (common.STEP_LENGTH * math.sqrt(max(shape)))
+            torch._foreach_sub_([self.weights[n] for n in numbers], found.unbind())
+
+
 def score(logits, labels, smoothing=0.0):
     """Loss, correct, correct among the first five: (3, batch); fillers (label -1) count nothing."""
     loss = F.cross_entropy(
@@ -260,6 +301,7 @@ class Peer:
         tf32 = config.precision == "tf32" and on_gpu
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         self.precision = config.precision if tf32 or config.precision != "tf32" else "float32"
+        self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def build(self, mean, variance):
         torch.manual_seed(self.config.seed)
@@ -269,10 +311,16 @@ class Peer:
         self.averages = None
         if self.config.ema:
             self.averages = [weight.detach().clone() for weight in self.weights]
-        decays = {True: [], False: []}
+        decays, hidden = {True: [], False: []}, {}
         for name, weight in self.model.named_parameters():
             is_kernel = name.endswith("weight") and weight.ndim > 1
-            decays[is_kernel or not self.config.decay_kernels_only].append(weight)
+            is_hidden = is_kernel and name.split(".")[0] not in ("pool", "logits")
+            if is_hidden and self.config.optimizer == "muon":
+                hidden[name] = weight
+            else:
+                decays[is_kernel or not self.config.decay_kernels_only].append(weight)
+        self.hidden = list(hidden.values())
+        self.muon = Muon(hidden, self.config.weight_decay, self.dtype)
         decay = {True: self.config.weight_decay, False: 0.0}
         self.optimizer = torch.optim.AdamW(
             [{"params": some, "weight_decay": decay[key]} for key, some in decays.items() if some],
@@ -291,8 +339,8 @@ class Peer:
         self.model.load_keras_weights(weights)
 
     def forward(self, pixels, keys=None):
-        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=is_mixed):
             return self.model(pixels, keys).float()
 
     def make_batch(self, index, maps):
@@ -333,8 +381,7 @@ class Peer:
         self.labels = torch.from_numpy(labels).long().to(self.device)
 
     def create_matmul(self, size):
-        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        x = torch.randn(size, size, device=self.device).to(dtype)
+        x = torch.randn(size, size, device=self.device).to(self.dtype)
         return lambda: x @ x
 
     def steps_per_call(self, steps):
@@ -386,6 +433,8 @@ class Peer:
             weight.grad = gradient
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
+        if self.hidden:
+            self.muon.step([weight.grad for weight in self.hidden], rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -9,6 +9,7 @@ TRAIN = """
 import json, os, numpy as np, keras, vit
 from harness import augment, data, engine, telemetry
 from harness.dropout import Dropout
+from harness.optimizer import Muon
 backend = keras.backend.backend()
 flags = dict(transformer_layers=1, mlp_head_units=(32,), projection_dim=16, num_heads=2,
              image_size=32, patch_size=8, batch_size=20, seed=1)
@@ -62,6 +63,12 @@ for make, steps in (
     (lambda: keras.optimizers.AdamW(1e-3, weight_decay=0.1), 10),
     (lambda: keras.optimizers.SGD(schedule, momentum=0.9), 4),
     (lambda: keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=0.1), 4),
+    (lambda: keras.optimizers.Muon(1e-3, weight_decay=0.1), 4),
+    (lambda: Muon(1e-3, weight_decay=0.1, adam_weight_decay=0.1), 4),
+    (lambda: Muon(
+        schedule, weight_decay=0.1, adam_weight_decay=0.1, global_clipnorm=0.1, use_ema=True,
+        ema_momentum=0.5,
+    ), 4),
     (lambda: keras.optimizers.AdamW(
         schedule, weight_decay=0.1, global_clipnorm=0.1, use_ema=True, ema_momentum=0.5
     ), 4),

@@ -1,6 +1,7 @@
 """Architectures and recipes: what a name stands for, what they cost, and that they train."""
 
 import json
+import re
 
 import h5py
 import numpy as np
@@ -228,6 +229,59 @@ def test_a_strong_recipe_is_the_same_in_parts_and_through_fit(tmp_path, backend)
     assert len(kept[0]) == len(kept[1]) > 10
     for compiled, fit in zip(*kept):
         np.testing.assert_allclose(compiled, fit, rtol=1e-3, atol=2e-4)
+
+
+MUON = """
+import json, keras, numpy as np, vit
+from harness.optimizer import Muon, flatten
+
+def create():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((8,)), keras.layers.Dense(24, "gelu"),
+        keras.layers.Dense(6, "gelu"), keras.layers.Dense(5, name="logits")])
+
+numbers, rates = np.random.default_rng(0), {"weight_decay": 0.1, "adam_weight_decay": 0.1}
+x, y, models = numbers.normal(size=(4, 32, 8)), numbers.integers(5, size=(4, 32)), []
+theirs = keras.optimizers.Muon(0.01, exclude_layers=["logits"], **rates)
+for optimizer in (Muon(0.01, **rates), theirs):
+    models.append(create())
+    models[-1].compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for batch, labels in zip(x, y):
+        models[-1].train_on_batch(batch, labels)
+apart = [float(np.abs(a - b).max()) for a, b in zip(*(m.get_weights() for m in models))]
+far = float(np.abs(models[0].get_weights()[0] - create().get_weights()[0]).max())
+
+config = vit.parse_config(["--recipe=tiny", "--optimizer=muon", "--weight-decay=0"])
+model = vit.create_vit_classifier(config)
+optimizer = vit.create_optimizer(config, model, 10)
+optimizer.build(model.trainable_variables)
+moved = [v for v in model.trainable_variables if optimizer.is_matrix(v)]
+before = [keras.ops.convert_to_numpy(v) for v in moved]
+gradients = [keras.ops.convert_to_tensor(numbers.normal(size=v.shape).astype("f")) for v in moved]
+optimizer.update_matrices(gradients, moved, 1.0)
+stretched = {}
+for old, variable in zip(before, moved):
+    shape = flatten(variable.shape)
+    step = (old - keras.ops.convert_to_numpy(variable)).reshape(shape) / (0.2 * max(shape) ** 0.5)
+    values = np.linalg.svd(step, compute_uv=False)
+    key = str(variable.path.split("/")[-2]) + str(shape)
+    stretched[key] = [float(np.quantile(values, 0.1)), float(values.max())]
+print(json.dumps([apart, far, stretched]))
+"""
+
+
+def test_muon(tmp_path, backend):
+    """It is Keras' own where that can be used, and makes orthogonal steps of attention's
+    projections and of convolutions, too."""
+    apart, far, stretched = run_code(tmp_path, backend, MUON)
+    assert max(apart) < 1e-5 and far > 0.01
+    assert {re.sub(r"_\d+\(", "(", name) for name in stretched} == {
+        *("convolution(27, 32)", "convolution(288, 64)", "convolution(576, 128)"),
+        *("query(128, 128)", "key(128, 128)", "value(128, 128)", "attention_output(128, 128)"),
+        *("dense(128, 128)",),
+    }
+    for smallest, largest in stretched.values():
+        assert 0.3 < smallest < largest < 1.4  # the iteration does not make them just 1
 
 
 AVERAGE = """

@@ -32,6 +32,7 @@ RECIPE = (
     *(*MODELS["convolutions"], "--rotation=0", "--zoom=0", "--crop-padding=4"),
     *("--label-smoothing=0.1", "--schedule=cosine", "--warmup-epochs=1", "--beta-2=0.99"),
     *("--weight-decay=0.06", "--decay-kernels-only", "--clip-norm=1", "--ema=0.9"),
+    "--optimizer=muon",
     "--no-best-weights",
 )
 COMPARE = """
