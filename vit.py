@@ -79,7 +79,8 @@ STRONG = """
 # This project's own, for CIFAR-100 on small hardware.
 SMALL = f"""
     {LINEAR_HEAD} --image-size 32 --patch-size 4 --stem conv --pool attention --head-dim 64
-    --schedule cosine --beta-2 0.99 --weight-decay 0.06 --decay-kernels-only --clip-norm 1
+    --optimizer muon --learning-rate 0.002 --schedule cosine --beta-2 0.99 --weight-decay 0.06
+    --decay-kernels-only --clip-norm 1
     --label-smoothing 0.1 --rotation 0 --zoom 0 --crop-padding 4
     --batch-size 128 --no-best-weights
 """
@@ -93,10 +94,10 @@ RECIPES = {
     "mae": f"""{STRONG} --learning-rate 0.0001 --learning-rate-batch 256 --batch-size 4096
         --weight-decay 0.3 --beta-2 0.95 --warmup-epochs 20 --ema 0.9999""",
     "small": f"""{SMALL} --projection-dim 256 --transformer-layers 6 --num-heads 4 --mlp-ratio 2
-        --drop-path 0.1 --policy trivial --learning-rate 0.001 --num-epochs 100
+        --drop-path 0.1 --policy trivial --num-epochs 100
         --warmup-epochs 10""",
     "tiny": f"""{SMALL} --projection-dim 128 --transformer-layers 2 --num-heads 2 --mlp-ratio 1
-        --policy trivial --learning-rate 0.002 --num-epochs 100 --warmup-epochs 5 --ema 0.999""",
+        --policy trivial --num-epochs 100 --warmup-epochs 5 --ema 0.999""",
 }
 
 
