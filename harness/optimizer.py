@@ -32,7 +32,7 @@ class Muon(keras.optimizers.Muon):
     def is_matrix(self, variable):
         """Whether it is a hidden layer's kernel, but no vector."""
         is_hidden = variable.name == "kernel" and "logits" not in variable.path.split("/")
-        return is_hidden and 1 not in flatten(variable.shape)
+        return is_hidden and 1 not in flatten(variable)
 
     def _should_use_adamw(self, variable):
         return not self.is_matrix(variable)
@@ -48,7 +48,7 @@ class Muon(keras.optimizers.Muon):
         groups = {}
         for gradient, variable in zip(gradients, variables):
             if self.is_matrix(variable):
-                groups.setdefault(flatten(variable.shape), []).append((gradient, variable))
+                groups.setdefault(flatten(variable), []).append((gradient, variable))
         for shape, members in groups.items():
             moves = []
             for gradient, variable in members:
@@ -62,12 +62,13 @@ class Muon(keras.optimizers.Muon):
                 variable.assign(variable - ops.reshape(moves[number], variable.shape))
 
 
-def flatten(shape):
-    """A kernel's shape as that of a matrix, cut where it is closest to a square: (inputs, heads,
-    size), (heads, size, outputs) and (height, width, channels, filters) each between inputs and
-    outputs."""
-    cuts = ((math.prod(shape[:n]), math.prod(shape[n:])) for n in range(1, len(shape)))
-    return min(cuts, key=lambda cut: max(cut) / min(cut))
+def flatten(kernel):
+    """The shape of a kernel as a matrix of inputs and outputs: for attention's projections
+    (inputs, heads, size) and (heads, size, outputs), for a convolution (height, width, channels,
+    filters)."""
+    is_projection = kernel.path.split("/")[-2] in ("query", "key", "value")
+    cut = 1 if is_projection else len(kernel.shape) - 1
+    return math.prod(kernel.shape[:cut]), math.prod(kernel.shape[cut:])
 
 
 def create_optimizer(config, model, steps):
