@@ -55,7 +55,9 @@ class Muon(keras.optimizers.Muon):
                 momentum = self.momentums[self._get_variable_index(variable)]
                 momentum.assign(momentum * self.momentum + gradient)
                 moves.append(ops.reshape(gradient + momentum * self.momentum, shape))
-            moves = ops.cast(ops.stack(moves), keras.config.dtype_policy().compute_dtype)
+            moves = ops.stack(moves)  # of which float16 could not hold the squares
+            moves = moves / (ops.norm(moves, axis=(1, 2), keepdims=True) + 1e-7)
+            moves = ops.cast(moves, keras.config.dtype_policy().compute_dtype)
             moves = ops.cast(self.zeropower_via_newtonschulz5(moves, self.ns_steps), "float32")
             moves = moves * (learning_rate * self.rms_rate * math.sqrt(max(shape)))
             for number, (_, variable) in enumerate(members):

@@ -157,16 +157,19 @@ print(time.perf_counter() - environment.find_start())
     assert float(run_python(tmp_path, "-c", code).stdout) > 0.5
 
 
-def test_float16_with_an_average_of_the_weights(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_with_an_average_of_the_weights(tmp_path, optimizer):
     """In float16 Keras wraps the optimiser, which has the average"""
     flags = ("--precision=float16", "--ema=0.9", "--no-jit-compile", "--model-path=m.keras")
+    flags += ("--optimizer", optimizer)
     done = run_vit(tmp_path, *SMALL, *flags, backend="torch")
     assert done.returncode == 0, done.stderr
     code = """
 import json, keras, vit
-print(json.dumps(keras.saving.load_model("m.keras").loss.__name__))
+model = keras.saving.load_model("m.keras")
+print(json.dumps([model.loss.__name__, type(model.optimizer).__name__.lower()]))
 """
-    assert run_code(tmp_path, "torch", code) == "crossentropy"
+    assert run_code(tmp_path, "torch", code) == ["crossentropy", optimizer]
 
 
 # ---- a run that learns -------------------------------------------------------------------------
