@@ -15,8 +15,9 @@ labels; the others take them from its file. Compared are
     loss        of a training step, dropout included: relative difference
     gradients   of each weight: norm of the difference over the norm of all gradients together (a
                 key's bias has a gradient of 0, which is noise on either side)
-    steps       the running loss after each of --steps training steps: relative difference. AdamW
-                divides by gradients, near 0 by noise: only the first three steps are judged
+    steps       the running loss after each of --steps training steps, by vit.py's optimiser for
+                these flags without its schedule: relative difference. AdamW divides by gradients,
+                near 0 by noise: only the first three steps are judged
 
 The tolerances are those of TOLERANCES, by precision. A model may magnify rounding: an untrained
 ResNet-50 in training does, a hundred thousand times. So the first backend also trains from weights
@@ -38,6 +39,7 @@ import textwrap
 import uuid
 import zipfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -353,10 +355,11 @@ def train(model, optimizer, pixels, labels):
     return np.array(losses)
 
 
-def observe(model, config, given=None):
+def observe(model, config, create_optimizer, given=None):
     """{name: array}: weights, pixels and labels, and what is computed from them.
 
     Args:
+        create_optimizer: of the training steps.
         given: such a dictionary, whose weights, pixels and labels are taken.
     """
     for layer in model._flatten_layers():
@@ -378,7 +381,7 @@ def observe(model, config, given=None):
     assign_weights(model, found)
     found |= {f"layers/{n}": a for n, a in observe_layers(model, pixels[0, :1]).items()}
     found["logits"] = to_float(engine.compile_forward(model, is_frozen=True)(pixels[0]))
-    return found | (observe_training(model, found) if config.steps else {})
+    return found | (observe_training(model, found, create_optimizer) if config.steps else {})
 
 
 def assign_weights(model, found, move=None):
@@ -393,7 +396,7 @@ def assign_weights(model, found, move=None):
         variable.assign(value)
 
 
-def observe_training(model, found, move=None):
+def observe_training(model, found, create_optimizer, move=None):
     """{name: array}: the loss and the gradients of a step, and the losses of some steps. What is
     random begins where it stood before."""
     pixels, labels = found["pixels"], found["labels"]
@@ -404,18 +407,18 @@ def observe_training(model, found, move=None):
     for number, variable in enumerate(model.trainable_variables):
         seen[f"gradients/{number:03d} {variable.path}"] = to_float(variable)
     assign_weights(model, found, move)
-    optimizer = keras.optimizers.AdamW(learning_rate=0.001, weight_decay=0.0001)
-    seen["steps"] = train(model, optimizer, pixels, labels)
+    seen["steps"] = train(model, create_optimizer(), pixels, labels)
     for variable, value in seeds:
         variable.assign(value)
     return seen
 
 
-def measure_rounding(model, found):
+def measure_rounding(model, found, create_optimizer):
     """{what: largest relative change} of training by weights that are one float32 away."""
     changes = {}
     for move in range(MOVES):
-        for row in compare_training(found, observe_training(model, found, move)):
+        moved = observe_training(model, found, create_optimizer, move)
+        for row in compare_training(found, moved):
             changes[row["what"]] = max(row["observed"], changes.get(row["what"], 0.0))
     return changes
 
@@ -436,9 +439,12 @@ def write_observed(config, model_flags):
         "flags": model_flags,
         "parameters": latency.count_parameters(model),
     }
-    arrays, facts["rounding"] = observe(model, config, given), {}
+    training = vit.parse_config(model_flags if config.model == "vit" else [])
+    training.schedule = "constant"  # the first steps of a warm-up would hardly move
+    create_optimizer = partial(vit.create_optimizer, training, model, config.steps)
+    arrays, facts["rounding"] = observe(model, config, create_optimizer, given), {}
     if given is None and config.steps:
-        facts["rounding"] = measure_rounding(model, arrays)
+        facts["rounding"] = measure_rounding(model, arrays, create_optimizer)
     with open(config.observed, "wb") as file:  # np.savez would add a suffix
         np.savez(file, facts=json.dumps(facts), **arrays)
 

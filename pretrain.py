@@ -61,6 +61,10 @@ class PretrainConfig(vit.ViTConfig):
         dim, heads = self.decoder_dim, self.decoder_heads
         is_plain = self.trainer == "fit" or not self.jit_compile
         refuse(
+            (
+                self.recipe != "keras-io",
+                f"--recipe: expected none, which are for training with labels; got {self.recipe}",
+            ),
             (self.stem != "patch", "--stem: expected patch, whose patches can be hidden, got conv"),
             (
                 not 0 < self.mask_ratio < 1 or self.num_visible in (0, self.num_patches),
@@ -175,7 +179,9 @@ def create_masked_autoencoder(config, mean, variance):
         drop_path=0.0,
     )
     x = vit.transform(x, decoder, "decoded")
-    painted = layers.Dense(patches.shape[2], kernel_initializer=GlorotUniform(), dtype="float32")(x)
+    painted = layers.Dense(
+        patches.shape[2], kernel_initializer=GlorotUniform(), dtype="float32", name="painted"
+    )(x)
     error = PaintingError(visible)(painted, patches, order)
     return keras.Model(inputs, error, name="autoencoder"), keras.Model(inputs, painted)
 
@@ -251,7 +257,9 @@ def save_grid(painter, images, order, config, statistics):
 
 
 if __name__ == "__main__":
-    CONFIG = parse(PretrainConfig, sys.argv[1:], __doc__.split("\n\n")[0], vit.PRESETS)
+    CONFIG = parse(
+        PretrainConfig, sys.argv[1:], __doc__.split("\n\n")[0], {"variant": vit.PRESETS["variant"]}
+    )
     check_writable(weights_path=CONFIG.weights_path, grid_path=CONFIG.grid_path)
     if CONFIG.grid_path.suffix.lower() not in (".png", ".jpg", ".webp"):
         fail(f"--grid-path: expected a name that ends with .png, got {CONFIG.grid_path}")

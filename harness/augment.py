@@ -33,7 +33,7 @@ TRIVIAL = (*MOVES, *RECOLOURS[:3], *RECOLOURS[4:6], *RECOLOURS[7:])  # 14: table
 # Draws, in NumPy
 
 
-def draw_affine(count, seed, epoch, rotation=0.02, zoom=0.2):
+def draw_affine(count, seed, epoch, rotation=0.02, zoom=0.2, flip=True):
     """Draw one map per picture: horizontal flip (half of them), rotation, zoom of height and width.
 
     Args:
@@ -41,6 +41,7 @@ def draw_affine(count, seed, epoch, rotation=0.02, zoom=0.2):
         seed, epoch: the same pair gives the same draws on every backend and machine.
         rotation: largest angle, as a fraction of a full turn, to either side.
         zoom: largest relative change of height and of width, drawn apart; above 0 zooms out.
+        flip: off for none.
 
     Returns:
         float32 (count, 2, 2): from an output pixel's (x, y), measured from the centre, to the place
@@ -48,7 +49,7 @@ def draw_affine(count, seed, epoch, rotation=0.02, zoom=0.2):
         keras.layers.RandomFlip, RandomRotation and RandomZoom applied in this order.
     """
     rng = np.random.default_rng([seed, epoch, 0xA46])
-    mirror = np.where(rng.random(count) < 0.5, -1.0, 1.0)
+    mirror = np.where((rng.random(count) < 0.5) & flip, -1.0, 1.0)
     angle = 2 * np.pi * rng.uniform(-rotation, rotation, count)
     zoom_x, zoom_y = 1 + rng.uniform(-zoom, zoom, (2, count))
     cos, sin = np.cos(angle), np.sin(angle)
@@ -220,7 +221,7 @@ def create_augmentation(config, count, size, mean):
         if not config.augment:
             return {}
         seeds, draws = (config.seed, epoch), {}
-        maps = draw_affine(count, *seeds, config.rotation, config.zoom)
+        maps = draw_affine(count, *seeds, config.rotation, config.zoom, config.flip)
         if is_filled:
             maps = draw_crop(maps, *seeds, config.crop_padding)
         if is_policy:

@@ -154,30 +154,36 @@ def parse(kind, argv, description, presets=None):
 VOID = {  # what is typed: the flags of a preset that it leaves without a meaning
     "--transformer-units": ("--mlp-ratio",),
     "--schedule=constant": ("--warmup-epochs", "--final-learning-rate"),
+    "--no-augment": ("--policy", "--erasing", "--mixup", "--cutmix"),
 }
 
 
 def expand_presets(arguments, presets):
-    """`arguments`, before them the words that their presets' flags stand for: the last one wins."""
+    """`arguments`, before them the words that their presets' flags stand for: the last one wins.
+    Where the epochs are typed, a preset's warm-up is as large a part of them as of the preset's."""
     words, void = [], []
-    for position, word in enumerate(arguments):
-        flag, equals, value = word.partition("=")
-        value = value if equals else "".join(arguments[position + 1 : position + 2])
-        flag = flag.replace("_", "-")
+    for flag, value in list_values(arguments):
         void += [*VOID.get(flag, ()), *VOID.get(f"{flag}={value}", ())]
+    typed = dict(list_values(arguments))
     for field, expand in presets.items():
-        given = None
-        for position, word in enumerate(arguments):
-            flag, equals, value = word.partition("=")
-            if flag.replace("_", "-") == name_flag(field):
-                given = value if equals else "".join(arguments[position + 1 : position + 2])
-        if given is not None:
+        if (given := typed.get(name_flag(field))) is not None:
             words += expand_presets(expand(given).split(), presets)
     kept, is_kept = [], True
     for word in words:
         is_kept = word not in void if word.startswith("--") else is_kept
         kept += [word] if is_kept else []
+    preset, epochs = dict(list_values(kept)), typed.get("--num-epochs", "")
+    if {"--num-epochs", "--warmup-epochs"} <= preset.keys() and epochs.isdecimal():
+        share = float(preset["--warmup-epochs"]) / float(preset["--num-epochs"])
+        kept += ["--warmup-epochs", f"{share * int(epochs):g}"]
     return [*kept, *arguments]
+
+
+def list_values(words):
+    """(flag, value) of each word; what follows a flag counts as its value."""
+    for word, following in zip(words, [*words[1:], ""]):
+        flag, equals, value = word.partition("=")
+        yield flag.replace("_", "-"), value if equals else following
 
 
 def unframe(text):
@@ -261,6 +267,11 @@ def check_clashes(config):
             config.warmup_epochs >= config.num_epochs,
             f"--warmup-epochs: expected less than --num-epochs {config.num_epochs}, "
             f"got {config.warmup_epochs}",
+        ),
+        (
+            not config.augment
+            and (config.policy != "none" or config.erasing or config.mixup or config.cutmix),
+            "--no-augment: expected no --policy, --erasing, --mixup or --cutmix beside it",
         ),
         (
             config.loader == "torch" and not is_compiled(config),

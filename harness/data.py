@@ -319,6 +319,9 @@ def list_folder(folder, size):
             )
             if split == "train" and not files:
                 raise DataError(f"dataset: expected pictures in {entry.path}, found none")
+            for nested in os.scandir(entry.path):
+                if nested.is_dir() and not nested.name.startswith("."):
+                    raise DataError(f"dataset: expected files, not folders, got {nested.path}")
             paths += files
             labels += [classes.index(entry.name)] * len(files)
         if not paths:
@@ -389,6 +392,8 @@ def read_pictures(splits, in_memory, max_unreadable):
                 raise DataError(f"dataset: none of the pictures in {place} can be read")
             found.append((Pictures(images.paths[readable], size, counts), labels[readable]))
             decoded.append(array[: len(readable)])
+    if problems:
+        print(f"{problems} of {total} pictures were left out", file=sys.stderr)
     return found, decoded, problems
 
 

@@ -931,7 +931,8 @@ def _fuse_adam(optimizer, variables):
     """The update that a Keras optimiser makes, through PyTorch's fused kernel where it can be.
 
     Adam, AdamW and the part of Muon that is AdamW run fused, with clipping by the global norm and
-    an average of the weights if asked for; anything else runs Keras' own update. Keras adds epsilon
+    an average of the weights if asked for; anything else (weights with a constraint, too) runs
+    Keras' own update. Keras adds epsilon
     to sqrt(v) before the bias correction, PyTorch after (Kingma and Ba 2015, end of section 2), so
     PyTorch's kernel is told of a step so late that it corrects nothing, and gets a rate that has
     been corrected.
@@ -944,7 +945,10 @@ def _fuse_adam(optimizer, variables):
     is_muon = isinstance(optimizer, Muon)
     plain = (is_muon or type(optimizer).__name__ in ("Adam", "AdamW")) and not any(
         (
+            any(variable.constraint is not None for variable in variables),
             not is_muon and optimizer.amsgrad,
+            is_muon and optimizer.adam_weight_decay != optimizer.weight_decay,
+            is_muon and optimizer.adam_lr_ratio != 1,
             optimizer.clipnorm,
             optimizer.clipvalue,
             optimizer.ema_overwrite_frequency,

@@ -2,6 +2,7 @@
 averages."""
 
 import math
+import re
 
 import keras
 from keras import ops
@@ -18,7 +19,8 @@ def crossentropy(labels, logits):
 
 @keras.saving.register_keras_serializable("vit")
 class Muon(keras.optimizers.Muon):
-    """Muon for the kernels of hidden layers, AdamW for everything else, by one learning rate.
+    """Muon for kernels, but those that `exclude_layers` names, as it should the last layer's; AdamW
+    for everything else.
 
     What moves a kernel is its momentum with all singular values made about 1 by five steps of a
     Newton-Schulz iteration (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), scaled
@@ -30,9 +32,9 @@ class Muon(keras.optimizers.Muon):
     """
 
     def is_matrix(self, variable):
-        """Whether it is a hidden layer's kernel, but no vector."""
-        is_hidden = variable.name == "kernel" and "logits" not in variable.path.split("/")
-        return is_hidden and 1 not in flatten(variable)
+        """Whether Muon moves it: a kernel that is no vector and not excluded."""
+        is_excluded = any(re.search(words, variable.path) for words in self.exclude_layers)
+        return variable.name == "kernel" and not is_excluded and 1 not in flatten(variable)
 
     def _should_use_adamw(self, variable):
         return not self.is_matrix(variable)
@@ -44,7 +46,11 @@ class Muon(keras.optimizers.Muon):
                 self.update_step(gradient, variable, learning_rate)
 
     def update_matrices(self, gradients, variables, learning_rate):
-        """Move those of the variables that are matrices."""
+        """Move those of the variables that are matrices.
+
+        All arithmetic is on tensors: of a number beside a variable Keras would make a tensor, which
+        may not be copied to a GPU within a CUDA graph.
+        """
         groups = {}
         for gradient, variable in zip(gradients, variables):
             if self.is_matrix(variable):
@@ -53,15 +59,17 @@ class Muon(keras.optimizers.Muon):
             moves = []
             for gradient, variable in members:
                 momentum = self.momentums[self._get_variable_index(variable)]
-                momentum.assign(momentum * self.momentum + gradient)
-                moves.append(ops.reshape(gradient + momentum * self.momentum, shape))
+                momentum.assign(momentum.value * self.momentum + gradient)
+                ahead = momentum.value * self.momentum + gradient
+                moves.append(ops.reshape(ahead if self.nesterov else momentum.value, shape))
             moves = ops.stack(moves)  # of which float16 could not hold the squares
             moves = moves / (ops.norm(moves, axis=(1, 2), keepdims=True) + 1e-7)
             moves = ops.cast(moves, keras.config.dtype_policy().compute_dtype)
             moves = ops.cast(self.zeropower_via_newtonschulz5(moves, self.ns_steps), "float32")
-            moves = moves * (learning_rate * self.rms_rate * math.sqrt(max(shape)))
+            length = self.rms_rate * math.sqrt(max(shape)) if self.rms_rate else 1.0
+            moves = moves * (learning_rate * length)
             for number, (_, variable) in enumerate(members):
-                variable.assign(variable - ops.reshape(moves[number], variable.shape))
+                variable.assign(variable.value - ops.reshape(moves[number], variable.shape))
 
 
 def flatten(kernel):
@@ -102,6 +110,7 @@ def create_optimizer(config, model, steps):
             adam_weight_decay=config.weight_decay,
             adam_beta_1=config.beta_1,
             adam_beta_2=config.beta_2,
+            exclude_layers=["(^|/)(logits|painted)/"],  # the last layer, pretrain.py's included
         )
     else:
         optimizer = keras.optimizers.AdamW(**choices, beta_1=config.beta_1, beta_2=config.beta_2)

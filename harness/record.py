@@ -333,7 +333,8 @@ def summarize(record):
 
     def test(accuracy):
         top5, epoch = quality["test_top5_accuracy"], quality["best_epoch"]
-        return f"{accuracy:.2%}, top-5 {top5:.2%} (epoch {epoch}: {quality['dataset']})"
+        both = f"{accuracy:.2%}" if top5 is None else f"{accuracy:.2%}, top-5 {top5:.2%}"
+        return f"{both} (epoch {epoch}: {quality['dataset']})"
 
     def speed(rate):
         share = timing.get("mfu")  # records made before it was measured have none

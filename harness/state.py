@@ -22,7 +22,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-SCHEMA = 2  # goes up when a file's meaning changes
+SCHEMA = 3  # goes up when a file's meaning changes
 STATES = ("state.npz", "state.before.npz")  # the newer first
 # Choices on which a training does not depend, but for rounding.
 OTHER = {
@@ -319,12 +319,13 @@ class KeepState(keras.callbacks.Callback):
 
 
 class KeepBest(keras.callbacks.Callback):
-    """Keep the weights of the epoch that validated best, in a file for each such epoch."""
+    """Keep the weights of the epoch that validated best, in a file for each such epoch: by their
+    accuracy, or by the loss where that is not measured."""
 
     def __init__(self, files):
         super().__init__()
         self.files = files
-        none = {"epoch": 0, "accuracy": -1.0}
+        none = {"epoch": 0, "score": None}
         files.best = files.state.facts["best"] if files.state else none
 
     @property
@@ -333,9 +334,10 @@ class KeepBest(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         files, before = self.files, self.files.best
-        if not logs["val_accuracy"] > before["accuracy"]:
+        score = logs.get("val_accuracy", -logs["val_loss"])
+        if before["epoch"] and not score > before["score"]:
             return
-        files.best = {"epoch": epoch + 1, "accuracy": logs["val_accuracy"]}
+        files.best = {"epoch": epoch + 1, "score": score}
         if files.save("the best weights", self.model.save_weights, self.path, self.model):
             files.best["digest"] = digest_file(self.path)
         else:

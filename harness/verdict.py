@@ -78,8 +78,10 @@ def get_epoch(record):
 
 
 def get_compile(record, cache):
-    if (dig(record, "timing.compile_cache") == "warm") != (cache == "warm"):
-        return None, f"compiling: no run found a {cache} compilation cache"
+    found = dig(record, "timing.compile_cache")
+    if found != cache:
+        missing = None if found else reason_for(record, "timing.compile_cache")
+        return None, f"compiling: {missing or f'no run found a {cache} compilation cache'}"
     return get_field(record, "timing.compile_seconds")
 
 

@@ -85,7 +85,7 @@ class Config:
     attention_dropout: float = 0.1
     head_dropout: float = 0.5
     drop_path: float = 0.0  # chance to skip a branch in the last block; less in those before
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the kernels of hidden layers
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: AdamW but for hidden layers' kernels
     learning_rate: float = 0.001
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_epochs: float = 0.0  # the cosine schedule begins with a line from 0 to learning_rate

@@ -151,6 +151,13 @@ def report_on(items, **fields):
     return verdict.create_report(items, compare.CompareConfig(**fields))
 
 
+def test_what_was_not_compiled_was_neither_cold_nor_warm():
+    for cache, expected in (("cold", (True, False)), ("warm", (False, True)), (None, (False,) * 2)):
+        item = create_train_record("jax", 1, timing__compile_cache=cache)
+        found = [verdict.get_compile(item, kind)[0] for kind in ("cold", "warm")]
+        assert tuple(value is not None for value in found) == expected
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """A folder with the stand-in child, where every backend counts as installed"""

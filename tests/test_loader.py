@@ -141,6 +141,7 @@ def test_a_run_on_a_folder_with_a_broken_file(folder, how):
     done = run_vit(folder.parent, *flags, backend=backend)
     assert done.returncode == 0, done.stderr
     assert [f"left out: cannot read {path}" in done.stderr for path in broken] == [True, True]
+    assert "\n2 of 78 pictures were left out\n" in done.stderr
     found = read_last_record(folder.parent)
     assert found["config"]["num_classes"] == 3 and found["config"]["input_shape"] == [16, 16, 3]
     assert found["quality"]["train_images"] == 64 and found["quality"]["test_images"] == 12
@@ -215,6 +216,10 @@ def empty_folder(folder):
         (lambda folder: (folder / "test" / "emu").mkdir(), (), 5, "train/ has not: emu"),
         (empty_class, (), 2, "two or more"),
         (empty_folder, (), 5, "train/bee, found none"),
+        (
+            lambda folder: (folder / "train" / "bee" / "2021").mkdir(),
+            *((), 5, "expected files, not folders, got"),
+        ),
         (lambda folder: None, ("--num-classes=4",), 5, "expected 1 to 3, got 4"),
         (lambda folder: None, ("--batch-size=80",), 5, "at most the 65 images"),
         (lambda folder: None, ("--train-images=99",), 5, "1 to 72 images, got 99"),

@@ -40,6 +40,22 @@ def test_what_is_typed_voids_what_it_makes_meaningless():
     config = parse("--recipe", "tiny", "--schedule", "constant")
     assert (config.schedule, config.warmup_epochs) == ("constant", 0)
     assert parse("--recipe=tiny", "--schedule=cosine").warmup_epochs == 5
+    config = parse("--recipe=deit", "--no-augment")
+    assert (config.policy, config.erasing, config.mixup, config.cutmix) == ("none", 0, 0, 0)
+
+
+def test_fewer_epochs_of_a_recipe_warm_up_as_much_less():
+    assert parse("--recipe=tiny", "--num-epochs", "10").warmup_epochs == 0.5
+    assert parse("--recipe=mae", "--num_epochs=30").warmup_epochs == 2
+    config = parse("--recipe=tiny", "--num-epochs=10", "--warmup-epochs=3")
+    assert config.warmup_epochs == 3
+    assert parse("--recipe=tiny", "--num-epochs=10", "--schedule=constant").warmup_epochs == 0
+    assert parse("--recipe=keras-io", "--num-epochs=10").warmup_epochs == 0
+
+
+def test_a_variant_is_that_of_the_literature_whatever_the_recipe():
+    config = parse("--recipe=tiny", "--variant=S/16", "--image-size=224")
+    assert (config.stem, config.position, config.pool) == ("patch", "learned", "token")
 
 
 def test_the_default_recipe_changes_nothing():
@@ -62,6 +78,7 @@ def test_the_default_recipe_changes_nothing():
             "expected --projection-dim to be a multiple",
         ),
         (["--warmup-epochs=3"], "expected --schedule cosine, got constant"),
+        (["--no-augment", "--mixup=0.8"], "--no-augment: expected no --policy"),
         (["--schedule=cosine", "--warmup-epochs=10"], "expected less than --num-epochs 10"),
         (["--mixup=0.2", "--batch-size=25"], "expected an even --batch-size"),
         (["--mlp-ratio=4", "--transformer-units", "8", "64"], "none beside --transformer-units"),
@@ -240,10 +257,9 @@ def create():
     return keras.Sequential([keras.Input((8,)), keras.layers.Dense(24, "gelu"),
         keras.layers.Dense(6, "gelu"), keras.layers.Dense(5, name="logits")])
 
-numbers, rates = np.random.default_rng(0), {"weight_decay": 0.1, "adam_weight_decay": 0.1}
+numbers, choices = np.random.default_rng(0), {"weight_decay": 0.1, "exclude_layers": ["logits"]}
 x, y, models = numbers.normal(size=(4, 32, 8)), numbers.integers(5, size=(4, 32)), []
-theirs = keras.optimizers.Muon(0.01, exclude_layers=["logits"], **rates)
-for optimizer in (Muon(0.01, **rates), theirs):
+for optimizer in (Muon(0.01, **choices), keras.optimizers.Muon(0.01, **choices)):
     models.append(create())
     models[-1].compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     for batch, labels in zip(x, y):

@@ -106,7 +106,11 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
         (["--decoder-dim=30"], "--decoder-dim: expected a multiple of 4"),
         (["--mixup=0.5"], "there are no labels"),
         (["--trainer=fit"], "expected compiled training"),
-        (["--recipe=best"], "--recipe: expected one of keras-io"),
+        (
+            ["--recipe=mae"],
+            "--recipe: expected none, which are for training with labels; got mae",
+        ),
+        (["--variant=XXL/4"], "--variant: expected SIZE/PATCH"),
         (["--validation-split=0.2"], "--validation-split: expected 0"),
         (["--model-path=m.keras"], "--weights-path has the encoder's"),
         (["--fit-memory"], "expected a smaller --micro-batch-size"),

@@ -35,6 +35,7 @@ KILLS = int(os.environ.get("KILLS", 2))  # a start takes seconds; results/faults
 EPOCHS = 8 * KILLS
 ONE_BACKEND = pytest.mark.parametrize("backend", ["jax"], scope="session")  # the same on each
 LONG = [*SMALL, f"--num-epochs={EPOCHS}", "--ema=0.9", "--schedule=cosine", "--no-use-wandb"]
+LONG += ["--optimizer=muon"]
 
 
 def start(folder, *flags, backend="jax", **environment):

@@ -15,6 +15,7 @@ RECIPE = (  # what an optimiser and an augmentation can be asked for, and a batc
     *("--crop-padding=4", "--policy=trivial", "--mixup=0.8", "--label-smoothing=0.1"),
     *("--schedule=cosine", "--warmup-epochs=1", "--clip-norm=1", "--ema=0.9", "--drop-path=0.1"),
     *("--decay-kernels-only", "--batch-size=48", "--micro-batch-size=24"),
+    "--optimizer=muon",
 )
 MODEL = [flag for flag in SMALL if not flag.startswith(("--dataset", "--num", "--train", "--test"))]
 

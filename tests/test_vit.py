@@ -172,6 +172,60 @@ print(json.dumps([model.loss.__name__, type(model.optimizer).__name__.lower()]))
     assert run_code(tmp_path, "torch", code) == ["crossentropy", optimizer]
 
 
+EXTENDED = """
+import contextlib, io, json, keras, vit
+from harness import telemetry
+from harness.record import read_records
+compiled, seen = [], []
+if vit.engine.BACKEND == "jax":
+    import jax
+    def hear(event, seconds, **about):
+        if "backend_compile" in event:
+            compiled.append(event)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+
+def count():
+    if vit.engine.BACKEND == "jax":
+        return len(compiled)
+    import torch
+    return torch._dynamo.utils.counters["aot_autograd"]["total"]
+
+class Watch(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        seen.append([count(), telemetry.host_rss_bytes(), sorted(logs)])
+        self.model.stop_training = epoch == 49
+
+def compile(self, *given, metrics, **named):
+    metrics = [keras.metrics.SparseCategoricalCrossentropy("nats", from_logits=True)]
+    compile_model(self, *given, metrics=metrics, **named)
+
+compile_model, vit.Classifier.compile = vit.Classifier.compile, compile
+rate = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 1e-3 if epoch < 5 else 0.0)
+vit.list_callbacks = lambda config, run: [Watch(), rate]
+with contextlib.redirect_stdout(io.StringIO()) as told:
+    code = vit.main(vit.parse_config({flags}))
+assert "not measured: no such metric was given to model.compile" in told.getvalue()
+quality = read_records("results.jsonl")[0][0]["quality"]
+counts, sizes, names = zip(*seen)
+print(json.dumps([code, len(seen), counts[1], counts[-1], max(sizes[-10:]) - max(sizes[5:15]),
+                  names[0], quality["val_loss"], quality["val_nats"], quality["best_epoch"]]))
+"""
+
+
+def test_metrics_and_callbacks_are_exchangeable_and_nothing_grows(tmp_path, backend):
+    """Another metric instead of the accuracies, so that the best epoch is that of the least loss; a
+    schedule and an end by callbacks; over fifty epochs nothing is compiled anew."""
+    flags = [*SMALL, "--num-epochs=60", f"--keras-backend={backend}", "--no-use-wandb"]
+    code = EXTENDED.replace("{flags}", repr(flags))
+    code, epochs, early, last, growth, names, losses, nats, best = run_code(tmp_path, backend, code)
+    assert (code, epochs) == (0, 50) and early == last > 0
+    assert growth < 30e6  # bytes
+    assert names == ["loss", "nats", "val_loss", "val_nats"]
+    assert nats == pytest.approx(losses, rel=1e-5)
+    assert len(set(losses[:5])) == 5 and len(set(losses[5:])) == 1  # a rate of 0
+    assert losses[best - 1] == min(losses)
+
+
 # ---- a run that learns -------------------------------------------------------------------------
 
 
@@ -263,11 +317,12 @@ def test_backends_agree(tmp_path):
     assert losses["jax"] == pytest.approx(losses["torch"], rel=1e-3)
 
 
-def test_the_same_seed_gives_the_same_losses_and_a_second_start_is_warm(tmp_path):
+def test_the_same_seed_gives_the_same_losses_and_a_second_start_is_warm(tmp_path, backend):
     """It is so with another seed, too, that is with other images and another normalisation."""
     losses, caches = [], []
     for seed in (3, 3, 4):
-        run_vit(tmp_path, *SMALL, f"--seed={seed}", XDG_CACHE_HOME=str(tmp_path / "cache"))
+        cache = str(tmp_path / "cache")
+        run_vit(tmp_path, *SMALL, f"--seed={seed}", backend=backend, XDG_CACHE_HOME=cache)
         record = read_last_record(tmp_path)
         losses.append(record["quality"]["loss"])
         caches.append(record["timing"]["compile_cache"])
