@@ -312,16 +312,13 @@ def list_folder(folder, size):
                 continue
             if entry.name not in classes:
                 raise DataError(f"dataset: {root} has a class that train/ has not: {entry.name}")
-            files = sorted(
-                os.fsencode(file.path)
-                for file in os.scandir(entry.path)
-                if file.is_file() and not file.name.startswith(".")
-            )
+            found = [file for file in os.scandir(entry.path) if not file.name.startswith(".")]
+            files = sorted(os.fsencode(file.path) for file in found if file.is_file())
             if split == "train" and not files:
                 raise DataError(f"dataset: expected pictures in {entry.path}, found none")
-            for nested in os.scandir(entry.path):
-                if nested.is_dir() and not nested.name.startswith("."):
-                    raise DataError(f"dataset: expected files, not folders, got {nested.path}")
+            for file in found:
+                if file.is_dir():
+                    raise DataError(f"dataset: expected files, not folders, got {file.path}")
             paths += files
             labels += [classes.index(entry.name)] * len(files)
         if not paths:

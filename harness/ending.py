@@ -16,6 +16,7 @@ import traceback
 NOT_WRITTEN = 6
 OUT_OF_MEMORY = (  # each framework words it in its own way
     *("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "can't allocate memory"),
+    "can't start new thread",  # for want of memory for its stack
     *("not enough memory", "OOM when allocating", "bad_alloc", "Cannot allocate memory"),
     "STATUS_ALLOC_FAILED",  # of CUDA's libraries
     "YNNPACK operation failed",  # JAX's on a CPU, when it can't have its working memory
@@ -103,8 +104,8 @@ def wait_for(call):
         except BaseException as error:
             done.set_exception(error)
 
-    LEFT.append(True)
     threading.Thread(target=work, daemon=True).start()
+    LEFT.append(True)
     with compiling():
         while not done.done():
             with contextlib.suppress(concurrent.futures.TimeoutError):
