@@ -258,7 +258,8 @@ class Muon:
     def __init__(self, kernels, weight_decay, dtype):
         """kernels: by name; queries, keys and values in one are three matrices."""
         self.counts = [3 if "qkv" in name else 1 for name in kernels]
-        self.weights = self.cut(weight.detach() for weight in kernels.values())
+        self.kernels = list(kernels.values())
+        self.weights = self.cut(kernel.detach() for kernel in self.kernels)
         self.momenta = [torch.zeros_like(weight) for weight in self.weights]
         self.weight_decay, self.dtype = weight_decay, dtype
         self.groups = {}
@@ -270,8 +271,8 @@ class Muon:
         return [matrix for x, count in pairs for matrix in x.flatten(1).chunk(count)]
 
     @torch.no_grad()
-    def step(self, gradients, rate):
-        gradients = self.cut(gradients)
+    def step(self, rate):
+        gradients = self.cut(kernel.grad for kernel in self.kernels)
         torch._foreach_mul_(self.momenta, common.MOMENTUM)
         torch._foreach_add_(self.momenta, gradients)
         moves = torch._foreach_add(gradients, self.momenta, alpha=common.MOMENTUM)
@@ -319,8 +320,7 @@ class Peer:
                 hidden[name] = weight
             else:
                 decays[is_kernel or not self.config.decay_kernels_only].append(weight)
-        self.hidden = list(hidden.values())
-        self.muon = Muon(hidden, self.config.weight_decay, self.dtype)
+        self.muon = Muon(hidden, self.config.weight_decay, self.dtype) if hidden else None
         decay = {True: self.config.weight_decay, False: 0.0}
         self.optimizer = torch.optim.AdamW(
             [{"params": some, "weight_decay": decay[key]} for key, some in decays.items() if some],
@@ -433,8 +433,8 @@ class Peer:
             weight.grad = gradient
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
-        if self.hidden:
-            self.muon.step([weight.grad for weight in self.hidden], rate)
+        if self.muon:
+            self.muon.step(rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
