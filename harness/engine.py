@@ -932,10 +932,9 @@ def _fuse_adam(optimizer, variables):
 
     Adam, AdamW and the part of Muon that is AdamW run fused, with clipping by the global norm and
     an average of the weights if asked for; anything else (weights with a constraint, too) runs
-    Keras' own update. Keras adds epsilon
-    to sqrt(v) before the bias correction, PyTorch after (Kingma and Ba 2015, end of section 2), so
-    PyTorch's kernel is told of a step so late that it corrects nothing, and gets a rate that has
-    been corrected.
+    Keras' own update. Keras adds epsilon to sqrt(v) before the bias correction, PyTorch after
+    (Kingma and Ba 2015, end of section 2), so PyTorch's kernel is told of a step so late that it
+    corrects nothing, and gets a rate that has been corrected.
 
     Returns:
         (update, list_rates). update(gradients, *rates), tensors. list_rates(steps) gives what the
