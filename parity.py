@@ -46,7 +46,7 @@ from typing import Literal
 import numpy as np
 
 from harness import ending, environment, record, telemetry
-from harness.cli import check_writable, fail, parse_split, refuse
+from harness.cli import check_writable, fail, list_flags, parse_split, refuse
 
 # And {image} of the launcher.
 BACKENDS = {"jax": "jax", "torch": "pytorch", "tensorflow": "tensorflow"}
@@ -75,7 +75,7 @@ class ParityConfig:
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
     batch_size: int = 4
     steps: int = 5  # of training; with 0 inference alone is compared
-    seed: int = 0  # of weights, pixels and labels
+    seed: int = 0  # of weights (but --model PATH.keras brings its own), pixels and labels
     launcher: str = ""  # stands before each command; {image} is jax, pytorch or tensorflow
     allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     results_path: Path = Path("results.jsonl")  # the record is appended here
@@ -130,12 +130,12 @@ def compare_training(ours, theirs):
     names = [name for name in ours if name.startswith("gradients/")]
     total = np.sqrt(sum(np.square(ours[name]).sum(dtype="f8") for name in names))
     loss = np.abs(theirs["loss"] - ours["loss"]).max() / np.abs(ours["loss"]).max()
-    gradients = {n: float(np.linalg.norm(ours[n] - theirs[n]) / total) for n in names}
-    worst = max(gradients, key=gradients.get)
+    gradients = [float(np.linalg.norm(ours[n] - theirs[n]) / total) for n in names]
+    worst = int(np.argmax(gradients))  # which finds what is no number, as max may not
     steps = np.abs(theirs["steps"] - ours["steps"]) / np.abs(ours["steps"])
     observed = {
         "loss": (float(loss), ""),
-        "gradients": (max(gradients.values()), worst.partition("/")[2]),
+        "gradients": (gradients[worst], names[worst].partition("/")[2]),
         "steps": (float(steps[:JUDGED_STEPS].max()), ", ".join(f"{step:.0e}" for step in steps)),
     }
     return [{"what": w, "observed": o, "where": where} for w, (o, where) in observed.items()]
@@ -164,11 +164,13 @@ def compare(ours, theirs, tolerances):
         difference = np.abs(ours[name] - theirs[name]).max(initial=0)
         return float(difference / largest) if largest else float(difference)
 
-    layers = {n.partition("/")[2]: over_largest(n) for n in ours if n.startswith("layers/")}
-    beyond = [name for name, value in layers.items() if not value <= tolerances["layers"]]
-    where = beyond[0] if beyond else max(layers, key=layers.get)
+    layers = [name for name in ours if name.startswith("layers/")]
+    changes = [over_largest(name) for name in layers]
+    largest = int(np.argmax(changes))
+    beyond = [n for n, change in zip(layers, changes) if not change <= tolerances["layers"]]
+    where = [*beyond, layers[largest]][0].partition("/")[2]
     rows = [
-        {"what": "layers", "observed": max(layers.values()), "where": where},
+        {"what": "layers", "observed": changes[largest], "where": where},
         {"what": "logits", "observed": over_largest("logits"), "where": ""},
     ]
     if "steps" in ours:
@@ -223,7 +225,6 @@ def judge(files, config):
             dict.fromkeys([*notes, *raised, *(note for fact in facts for note in fact["notes"])])
         ),
     )
-    report["id"] = os.environ.get("VIT_RECORD_ID") or report["id"]
     record.append_record(config.results_path, report)
     if config.verbose:
         show(rows, first)
@@ -295,6 +296,8 @@ if __name__ == "__main__":
     CONFIG, FLAGS, MODEL_FLAGS = parse_split(
         ParityConfig, sys.argv[1:], __doc__.split("\n\n")[0], own=("precision", "results_path")
     )
+    if "keras-backend" in list_flags(MODEL_FLAGS):
+        fail("--keras-backend: expected --backends instead, before --")
     check_writable(results_path=CONFIG.results_path)
     if not CONFIG.observed:
         sys.exit(main(CONFIG, FLAGS, MODEL_FLAGS))
@@ -429,9 +432,14 @@ def write_observed(config, model_flags):
     precision = vit.settle_device(config)
     report = vit.begin_record("parity", dataclasses.asdict(config), machine, precision)
     given = read_observed(config.equal)[1] if config.equal else None
-    choices = {"keras_backend": engine.BACKEND, "data_format": "channels_last"}
+    choices = latency.LatencyConfig(
+        model=config.model,
+        precision=config.precision,
+        keras_backend=engine.BACKEND,
+        data_format="channels_last",
+    )
     keras.utils.set_random_seed(config.seed)
-    model = latency.create_model(latency.LatencyConfig(model=config.model, **choices), model_flags)
+    model = latency.create_model(choices, [f"--seed={config.seed}", *model_flags])
     latency.require_logits(model, f"--model {config.model}")
     facts = {
         **{key: report[key] for key in ("backend", "precision", "device", "versions", "notes")},

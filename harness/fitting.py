@@ -80,9 +80,7 @@ def run_smaller(command, sizes, path, is_capped, choices):
         remedy = "take a smaller model or --image-size" if size else "lower --micro-batch-size"
         remedy += " or raise --memory-limit" if is_capped else ""
         error = f"out of memory: {remedy} (ended by {signal.Signals(-code).name})"
-        known = os.environ.get("VIT_RECORD_ID")
-        name = {"id": known} if known else {}
-        record.append_loss(path, "train", status="oom", error=error, config=choices, **name)
+        record.append_loss(path, "train", status="oom", error=error, config=choices)
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         return 3
     return code if code >= 0 else 128 - code

@@ -114,7 +114,8 @@ def create_record(kind, **fields):
         raise ValueError(f"expected a kind of {', '.join(KINDS)} and fields of KEYS, got {what}")
     record = {key: None if type(None) in types else types[0]() for key, types in TYPES.items()}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record |= {"schema": SCHEMA, "kind": kind, "status": "error", "id": uuid.uuid4().hex}
+    name = os.environ.get("VIT_RECORD_ID") or uuid.uuid4().hex  # a comparison names its runs
+    record |= {"schema": SCHEMA, "kind": kind, "status": "error", "id": name}
     return record | {"started": started, "argv": list(sys.argv)} | fields
 
 
@@ -144,7 +145,7 @@ def begin_record(kind, *, config, backend, precision, machine, gpu_name, version
     if precision != config["precision"]:
         asked = config["precision"]
         notes.append(f"precision: {asked} asked, but a CPU has only {precision} for it")
-    record = create_record(
+    return create_record(
         kind,
         config=config,
         backend=backend,
@@ -155,9 +156,6 @@ def begin_record(kind, *, config, backend, precision, machine, gpu_name, version
         notes=notes,
         **{group: dict.fromkeys(names) for group, names in MEASURED[kind].items()},
     )
-    if os.environ.get("VIT_RECORD_ID"):  # a comparison names its runs
-        record["id"] = os.environ["VIT_RECORD_ID"]
-    return record
 
 
 def finish_record(

@@ -15,6 +15,7 @@ import sqlalchemy.exc
 from optuna.trial import TrialState
 
 from harness.cli import BadInput
+from harness.record import dig
 
 # Heartbeats and constraints; without Optuna's word that they may change one day.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -62,8 +63,8 @@ def read_sweep(path, fixed, leave_out):
             f"a list of flags and {' '.join(sorted(MACROS))}",
         ),
     }
-    if find(sweep, "early_terminate") is not None:
-        first = "min_iter" if find(sweep, "early_terminate.max_iter") is None else "max_iter"
+    if dig(sweep, "early_terminate") is not None:
+        first = "min_iter" if dig(sweep, "early_terminate.max_iter") is None else "max_iter"
         checks["early_terminate.type"] = (("hyperband",).__contains__, "hyperband")
         checks[f"early_terminate.{first}"] = (is_count, "a number of epochs")
         for name, least in (("eta", 2), ("s", 1)):
@@ -72,7 +73,7 @@ def read_sweep(path, fixed, leave_out):
                 f"a whole number of at least {least}",
             )
     for field, (accepts, expected) in checks.items():
-        got = find(sweep, field)
+        got = dig(sweep, field)
         if not accepts(got):
             raise BadInput(f"{path}: {field}: expected {expected}, got {json.dumps(got)}")
     space, constants = {}, {}
@@ -105,13 +106,6 @@ def is_count(got, least=1):
 def is_macro(word):
     """Whether W&B's agent fills in this word of a sweep file's command"""
     return str(word).startswith("${")
-
-
-def find(sweep, dotted):
-    """The value at "metric.goal", None where any part of the way is missing."""
-    for key in dotted.split("."):
-        sweep = sweep.get(key) if isinstance(sweep, dict) else None
-    return sweep
 
 
 def read_parameter(spec):

@@ -68,6 +68,17 @@ layers.LayerNormalization.build = build
         "loss",
         "",
     ),
+    "no numbers": (
+        """
+original = layers.LayerNormalization.call
+def call(self, inputs, *rest, **named):
+    outputs = original(self, inputs, *rest, **named)
+    return outputs * float("nan") if self.name == "layer_normalization_1" else outputs
+layers.LayerNormalization.call = call
+""",
+        "layers",
+        "layer_normalization_1",
+    ),
 }
 
 
@@ -155,6 +166,7 @@ def test_a_comparison_asks_first_whether_the_backends_compute_the_same(tmp_path)
         (["--backends", "jax", "mxnet"], "--backends: expected jax, torch, tensorflow, got mxnet"),
         (["--files", "a.npz", "text.npz"], "a.npz: expected a file of --observed"),
         (["--files", "text.npz", "text.npz"], "text.npz: expected a file of --observed"),
+        (["--", "--keras-backend=jax"], "--keras-backend: expected --backends instead, before --"),
         (["--model=vgg"], "--model: expected a file PATH.keras or one of vit"),
         (["--steps=-1"], "--steps: expected 0 or more, got -1"),
         (
