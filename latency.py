@@ -32,6 +32,7 @@ import dataclasses
 import importlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -287,7 +288,9 @@ def describe_load(report):
 def measure_each(config):
     """A child for each row: this command with VIT_LATENCY_ROW. Returns the exit code of the first
     that failed, else 0."""
-    table, codes = Table(), []
+    table, codes, stopped = Table(), [], []
+    # A terminal's Ctrl-C is for the child, too, which writes its record first.
+    signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     run = os.environ.get("VIT_RECORD_ID") or uuid.uuid4().hex  # a comparison names its runs
     for row, (size, runtime) in enumerate(config.list_rows()):
         name = f"{run}~{size}" + (f"~{runtime}" if config.export else "")
@@ -302,15 +305,17 @@ def measure_each(config):
         if codes[-1] == 2:  # refused, as the others would be
             return 2
         report = find_record(config.results_path, name)
+        if report is None and stopped:  # before it had begun
+            break
         if report is None:
             report = note_loss(describe_row(config, row), config.results_path, name, codes[-1])
         if config.verbose:
             table.add(report)
-        if codes[-1] in (130, 143):
+        if stopped or codes[-1] in (130, 143):
             break
     if config.verbose:
         table.end(config.results_path)
-    return next(filter(None, codes), 0)
+    return 130 if stopped else next(filter(None, codes), 0)
 
 
 def find_record(path, name):
@@ -358,6 +363,7 @@ if __name__ == "__main__":
 import vit  # noqa: E402
 from harness import data, engine, telemetry  # noqa: E402
 from harness.resnet import create_resnet50  # noqa: E402
+from harness.run import run_recorded  # noqa: E402
 from harness.weights import load_state_dict  # noqa: E402
 from vit import keras, layers, np  # noqa: E402
 
@@ -761,11 +767,14 @@ def main(config, model_flags, row):
         precision,
         subject=None if subject == "compiled" else f"{subject}-{engine.BACKEND}",
     )
-    exit_code = vit.run_recorded(
+    exit_code = run_recorded(
         lambda: measure(config, model_flags, row, report),
         report,
         config.results_path,
-        machine,
+        device=engine,
+        library=engine.BACKEND,
+        machine=machine,
+        started=vit.PROCESS_STARTED,
         remedy=f"lower --batch-sizes {size}",
         runtime=runtime if runtime in EXPORTS else None,
     )

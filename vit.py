@@ -352,7 +352,8 @@ from harness.layers import (  # noqa: E402
     embed_positions,
 )
 from harness.optimizer import AverageWeights, create_optimizer, crossentropy  # noqa: E402
-from harness.stopwatch import Diverged, Progress, Stopwatch, measure_matmul  # noqa: E402
+from harness.run import run_recorded  # noqa: E402
+from harness.stopwatch import Diverged, Progress, Stopwatch  # noqa: E402
 from harness.weights import load_encoder_weights  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _import_started
@@ -537,7 +538,7 @@ def create_vit_classifier(config, mean=127.5, variance=127.5**2):
             so that a saved model takes uint8 or float pixels 0 to 255 as they are.
 
     Returns:
-        keras.Model from (batch, 32, 32, 3) pixels to (batch, num_classes) float32 logits.
+        keras.Model from pixels (batch, *input_shape) to (batch, num_classes) float32 logits.
     """
     set_seed(config.seed)
     pixels = layers.Input(config.input_shape, name="pixels")
@@ -969,48 +970,6 @@ def begin_record(kind, choices, machine, precision, subject=None):
     return report
 
 
-def run_recorded(
-    run, report, path, machine, remedy, is_compiled=True, is_shown=False, problems=(), runtime=None
-):
-    """Call `run`, complete its record `report` however that ends, and append it to `path`.
-
-    Args:
-        machine: what telemetry.describe_machine told before.
-        remedy: what to do where the memory did not suffice.
-        is_shown: whether a summary is printed.
-        problems: a list of what could not be written on the way.
-        runtime: the other one that computes, if it is not the backend.
-
-    Returns:
-        the exit code.
-    """
-    cached = environment.count_compiled(engine.BACKEND, is_compiled)
-    status, error, exit_code = ending.run_to_end(run, remedy)
-    engine.lift_limit()  # of --memory-limit
-    device_peak, matmul = engine.device_peak_bytes(), (None, None)
-    if runtime and report["device"]["kind"] == "gpu":
-        device_peak = None, f"{runtime} does not tell what it took of the GPU"
-    elif runtime:
-        device_peak = None, telemetry.HOST_MEMORY
-    if status == "ok" and (report["device"]["kind"] == "gpu") != engine.on_gpu():
-        matmul = None, "an exported model computed on another device than the backend's"
-    elif status == "ok":
-        matmul = measure_matmul(engine.create_matmul, engine.synchronize, report["device"]["kind"])
-    record.finish_record(
-        report,
-        status,
-        error,
-        matmul=matmul,
-        compiled_files=(cached, environment.count_compiled(engine.BACKEND, is_compiled)),
-        device_peak=device_peak,
-        host_peak_bytes=telemetry.host_peak_bytes(),
-        total_seconds=time.perf_counter() - PROCESS_STARTED,
-        warnings=[*problems, *telemetry.compare_conditions(machine, telemetry.read_conditions())],
-    )
-    is_written = record.deliver_record(path, report, is_shown)
-    return exit_code or (0 if is_written and not problems else ending.NOT_WRITTEN)
-
-
 def main(config, subject=None, kind="train", experiment=run_experiment):
     """One run from configuration to record. Returns the exit code.
 
@@ -1052,13 +1011,19 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
     def run_limited():
         if config.memory_limit:
             engine.limit_memory(config.memory_limit)
-        experiment(config, load_pictures(config, report, runner), report, files, run)
+        try:
+            experiment(config, load_pictures(config, report, runner), report, files, run)
+        finally:
+            engine.lift_limit()
 
     exit_code = run_recorded(
         run_limited,
         report,
         config.results_path,
-        machine,
+        device=engine,
+        library=engine.BACKEND,
+        machine=machine,
+        started=PROCESS_STARTED,
         remedy=remedy,
         is_compiled=is_compiled(config),
         is_shown=config.verbose,

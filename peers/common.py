@@ -37,7 +37,7 @@ _import_started = time.perf_counter()
 
 import numpy as np  # noqa: E402
 
-from harness import augment, data, ending, environment, record, telemetry  # noqa: E402
+from harness import augment, data, environment, record, telemetry  # noqa: E402
 from harness.cli import (  # noqa: E402
     check_config,
     check_writable,
@@ -46,7 +46,8 @@ from harness.cli import (  # noqa: E402
     parse,
     refuse,
 )
-from harness.stopwatch import Stopwatch, measure_matmul  # noqa: E402
+from harness.run import run_recorded  # noqa: E402
+from harness.stopwatch import Stopwatch  # noqa: E402
 
 PROCESS_STARTED = environment.find_start()
 IMPORT_SECONDS = time.perf_counter() - _import_started  # a peer adds its framework's
@@ -367,24 +368,15 @@ def main(create_peer, config, import_seconds):
     report["timing"]["import_seconds"] = import_seconds
     report["memory"]["host_import_bytes"] = import_bytes
     runner = f"{peer.backend} on {peer.gpu_name or 'the CPU'}"
-    cached = environment.count_compiled(peer.library, config.jit_compile)
-    status, error, exit_code = ending.run_to_end(
+    return run_recorded(
         lambda: train(peer, config, data.load_for_run(config, report, runner), report),
-        f"lower --micro-batch-size {config.micro_batch_size}",
-    )
-    device_peak, matmul = peer.device_peak_bytes(), (None, None)
-    if status == "ok":
-        matmul = measure_matmul(peer.create_matmul, peer.synchronize, report["device"]["kind"])
-    record.finish_record(
         report,
-        status,
-        error,
-        matmul=matmul,
-        compiled_files=(cached, environment.count_compiled(peer.library, config.jit_compile)),
-        device_peak=device_peak,
-        host_peak_bytes=telemetry.host_peak_bytes(),
-        total_seconds=time.perf_counter() - PROCESS_STARTED,
-        warnings=telemetry.compare_conditions(machine, telemetry.read_conditions()),
+        config.results_path,
+        device=peer,
+        library=peer.library,
+        machine=machine,
+        started=PROCESS_STARTED,
+        remedy=f"lower --micro-batch-size {config.micro_batch_size}",
+        is_compiled=config.jit_compile,
+        is_shown=config.verbose,
     )
-    is_written = record.deliver_record(config.results_path, report, config.verbose)
-    return exit_code or (0 if is_written else ending.NOT_WRITTEN)

@@ -444,7 +444,7 @@ class Peer:
 
     def evaluate(self, images, labels):
         sums = 0
-        for x, y in common.fill_batches(images, labels, self.config.batch_size):
+        for x, y in common.fill_batches(images, labels, self.config.micro_batch_size):
             sums += self.score(self.state[self.tested], self.statistics, x, y)
         return (jax.device_get(sums) / len(images)).tolist()
 

@@ -459,7 +459,7 @@ class Peer:
     def evaluate(self, images, labels):
         sums = torch.zeros(3, device=self.device)
         self.swap_averages()
-        for x, y in common.fill_batches(images, labels, self.config.batch_size):
+        for x, y in common.fill_batches(images, labels, self.config.micro_batch_size):
             x, y = torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
             sums += self.score_batch(x, y.long())
         self.swap_averages()

@@ -1,6 +1,7 @@
 """Serving: figures of each batch size, load, weights from elsewhere, and what is refused."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -329,6 +330,11 @@ print(json.dumps(0))
 """
     run_code(tmp_path, "jax", code)
     flags = ("--batch-sizes=1", *QUICK)
+    parity = ("--backends", "jax", "--observed=jax.npz", "--steps=0", "--precision=bfloat16")
+    for saved, code in (("float32", 2), ("bfloat16", 0)):
+        done = run_python(tmp_path, ROOT / "parity.py", f"--model={saved}.keras", *parity)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        assert code == 0 or "--precision: expected float32, in which" in done.stderr
     for saved, asked in (("float32", "bfloat16"), ("bfloat16", "float32")):
         model = f"--model={saved}.keras"
         done = run_latency(tmp_path, model, f"--precision={asked}", *flags, model_flags=())
@@ -417,6 +423,45 @@ def test_flags_before_and_after_the_dashes(tmp_path):
     )
     done = run_latency(tmp_path, "--model=resnet50")
     assert done.returncode == 2 and "for --model vit alone" in only_line(done)
+
+
+def test_ctrl_c_waits_for_the_record_of_a_row(tmp_path):
+    """A row that takes a second to end, as one does within a large batch, after it was told to."""
+    child = """
+import os, signal, sys, time
+from harness import record
+
+def stop(number, frame):
+    time.sleep(1)
+    fields = {"id": os.environ["VIT_RECORD_ID"], "status": "interrupted", "error": "Ctrl-C"}
+    record.append_record("results.jsonl", record.create_record("latency", **fields))
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, stop)
+print("begun", flush=True)
+time.sleep(60)
+"""
+    code = f"""
+import sys
+sys.argv[1:] = ["--batch-sizes", "1", "2", "--results-path=results.jsonl", "--no-verbose"]
+import latency
+sys.orig_argv = [sys.executable, "-c", {child!r}]
+config, _ = latency.parse_words(sys.argv[1:])
+sys.exit(latency.measure_each(config))
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with parent:
+        assert parent.stdout.readline() == "begun\n"
+        os.killpg(parent.pid, signal.SIGINT)
+    assert parent.returncode == 130
+    assert [item["status"] for item in read_all(tmp_path)] == ["interrupted"]
 
 
 # ---- other runtimes ----------------------------------------------------------------------------
