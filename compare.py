@@ -47,7 +47,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from harness import tracking
+from harness import environment, tracking
 from harness.cli import BadInput, list_flags, split_words
 from harness.ending import KILLED, OUT_OF_MEMORY
 from harness.record import (
@@ -62,14 +62,15 @@ from harness.report import print_report, write_report
 from harness.verdict import check_reference, create_report, parse_id, show
 
 ROOT = Path(__file__).resolve().parent
+KERAS_IO = "peers/keras_io.py"
 SUBJECTS = {  # name: (module and pip extra, {image} of the launcher, program; None is --script)
     "jax": ("jax", "jax", None),
     "torch": ("torch", "pytorch", None),
     "tensorflow": ("tensorflow", "tensorflow", None),
     "native-jax": ("jax", "jax", "peers/native_jax.py"),
     "native-torch": ("torch", "pytorch", "peers/native_torch.py"),
-    "keras-io-jax": ("jax", "jax", "peers/keras_io.py"),
-    "keras-io-torch": ("torch", "pytorch", "peers/keras_io.py"),
+    "keras-io-jax": ("jax", "jax", KERAS_IO),
+    "keras-io-torch": ("torch", "pytorch", KERAS_IO),
 }
 MEMORY_WORK = shlex.split(  # of three steps the last is PyTorch's CUDA graph on a GPU
     "--dataset synthetic --train-images 768 --test-images 100 --validation-split 0 --num-epochs 1"
@@ -124,6 +125,8 @@ def parse_entry(text, config):
     if fixed := list_flags(flags) & {"dataset", "results-path", "keras-backend"}:
         raise BadInput(f"entry {text!r}: --{min(fixed)} is the same for all entries; leave it out")
     module, _, program = SUBJECTS[name]
+    if serves(config) and program == KERAS_IO:
+        raise BadInput(f"entry {text!r}: is there to be trained, not to be served; leave it out")
     if not config.launcher and not importlib.util.find_spec(module):
         raise BadInput(f"entry {text!r}: {module} is not installed; pip install '.[{module}]'")
     if not config.launcher and not find_program(program or config.script).exists():
@@ -296,10 +299,10 @@ def run_child(command, record_id, verbose, turn=None):
 
 def measure_run(run, path, verbose, turn=None):
     """(record, whether interrupted) of one run; writes the record where the child did not"""
-    before = {json.dumps(item) for item in load(path, new=True)[0]}
+    before = len(load(path, new=True)[0])
     started = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
     returncode, last_line, interrupted = run_child(run["command"], run["id"], verbose, turn)
-    found = [item for item in load(path, new=True)[0] if json.dumps(item) not in before]
+    found = load(path, new=True)[0][before:]
     for item in reversed(found):
         if item["id"].partition("~")[0] == run["id"]:
             return item, interrupted
@@ -310,8 +313,8 @@ def measure_run(run, path, verbose, turn=None):
         status, error = "oom", KILLED
     elif any(sign in error for sign in OUT_OF_MEMORY):
         status = "oom"
-    elif found:
-        error = f"its record has the id {found[-1]['id']} instead of VIT_RECORD_ID's"
+    elif foreign := [item["id"] for item in found if not parse_id(item["id"])]:
+        error = f"its record has the id {foreign[-1]} instead of VIT_RECORD_ID's"
     told = {"status": status, "error": error, "started": started}
     told |= {"argv": run["command"], "backend": run["name"]}
     return append_loss(path, run["kind"], id=run["id"], **told), interrupted
@@ -322,7 +325,7 @@ def find_done(found):
     rows, ok = {}, collections.defaultdict(set)
     for item in found:
         run = item["id"].partition("~")[0]
-        rows[run] = item["config"].get("rows") or 1
+        rows[run] = max(item["config"].get("rows") or 1, rows.get(run, 1))  # a loss knows of none
         ok[run] |= {item["id"]} if item["status"] == "ok" else set()
     return {run for run in rows if len(ok[run]) >= rows[run]}
 
@@ -573,6 +576,7 @@ def run_comparison(config, work, console):
 def main(argv=None):
     """Returns the exit status: see above"""
     argv = sys.argv[1:] if argv is None else argv
+    environment.read_dotenv()  # for all that it starts, too
     own, work = split_words(argv)
     config = tyro.cli(CompareConfig, args=own)
     console = Console(highlight=False, markup=False, emoji=False)

@@ -13,6 +13,7 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ if __name__ == "__main__":
     environment.keep_memory()
 
 import vit  # noqa: E402
-from harness.cli import check_writable, fail, parse, refuse  # noqa: E402
+from harness.cli import check_writable, fail, name_flag, parse, refuse  # noqa: E402
 from harness.layers import GlorotUniform, RandomUniform, embed_positions  # noqa: E402
 from harness.weights import load_encoder_weights, save_encoder_weights  # noqa: E402
 from vit import keras, layers, np, ops  # noqa: E402
@@ -153,9 +154,9 @@ def normalise(patches):
 
 
 def create_masked_autoencoder(config, mean, variance):
-    """(autoencoder, painter), which share all layers. Both take {"pixels": raw pixels (batch, 32,
-    32, 3), "order": int32 (batch, patches)}; the first gives each picture's error, (batch,), the
-    second the patches as painted, normalised, (batch, patches, pixels)."""
+    """(autoencoder, painter), which share all layers. Both take {"pixels": raw pixels (batch,
+    *input_shape), "order": int32 (batch, patches)}; the first gives each picture's error, (batch,),
+    the second the patches as painted, normalised, (batch, patches, pixels)."""
     vit.set_seed(config.seed)
     inputs = {
         "pixels": layers.Input(config.input_shape, name="pixels"),
@@ -223,15 +224,21 @@ def run_pretraining(config, dataset, report, files, run=None):
 
     callbacks = vit.list_callbacks(config, run)
     vit.train(model, dataset, config, draw_all, apply_all, report, callbacks, files)
-    save_encoder_weights(model, config.weights_path)
     pictures = dataset.x_test[:8]
     masks = draw_masks(config, len(pictures), config.num_epochs)
-    save_grid(painter, pictures, masks, config, statistics)
-    if config.verbose:
+    results = {
+        "weights_path": partial(save_encoder_weights, model),
+        "grid_path": partial(save_grid, painter, pictures, masks, config, statistics),
+    }
+    written = [
+        files.save(name_flag(field), write, getattr(config, field), model)
+        for field, write in results.items()
+    ]
+    if all(written) and config.verbose:
         print(f"  {'encoder':<14} {config.weights_path}, pictures {config.grid_path}")
 
 
-def save_grid(painter, images, order, config, statistics):
+def save_grid(painter, images, order, config, statistics, path):
     """Write a picture of a row an image: masked, painted where it was masked, whole."""
     from PIL import Image
 
@@ -253,7 +260,7 @@ def save_grid(painter, images, order, config, statistics):
     picture = Image.fromarray(np.clip(grid, 0, 255).astype("uint8"))
     zoom = max(1, 96 // size)
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
-    picture.save(config.grid_path)
+    picture.save(path)
 
 
 if __name__ == "__main__":

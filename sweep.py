@@ -153,7 +153,7 @@ class Runner:
         sampled = {n: getattr(trial, m)(n, **options) for n, (m, options) in self.space.items()}
         record_id = f"sweep-{self.study}-t{trial.number}"
         values, is_pruned, failure = self.run(trial, sampled, record_id)
-        record = find_record(f"{self.stem}.jsonl", record_id)
+        record = find_record(f"{self.stem}.jsonl", record_id, trial.datetime_start)
         memory = "device" if dig(record, "device.kind") == "gpu" else "host"
         for name, value in {
             "record": record_id,
@@ -249,10 +249,13 @@ def stop_child(child):
     child.stdout.close()
 
 
-def find_record(path, record_id):
-    """The last record of this id, or None"""
+def find_record(path, record_id, since):
+    """The last record of this id that was begun `since`, or None: others are of a study that had
+    this name before"""
+    since = f"{since.astimezone(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
     try:
-        return [item for item in read_records(path)[0] if item["id"] == record_id][-1]
+        found = [item for item in read_records(path)[0] if item["id"] == record_id]
+        return [item for item in found if item["started"] >= since][-1]
     except (RecordError, IndexError):  # it may have died before it wrote one
         return None
 

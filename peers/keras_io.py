@@ -23,7 +23,7 @@ from harness.cli import fail, name_flag  # noqa: E402
 
 FIXED = (  # choices of vit.py's that the example does not have
     *("stem", "position", "pool", "mlp_ratio", "drop_path", "layer_scale", "init_weights"),
-    *("rotation", "zoom", "crop_padding", "policy", "erasing", "mixup", "cutmix"),
+    *("flip", "rotation", "zoom", "crop_padding", "policy", "erasing", "mixup", "cutmix"),
     *("label_smoothing", "optimizer"),
 )
 

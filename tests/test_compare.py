@@ -628,6 +628,22 @@ def test_resume_takes_up_a_run_that_lacks_a_batch_size(bench, monkeypatch, capsy
     assert run_main(*arguments, "--resume") == 0 and len(read_ran(bench)) == 4
 
 
+def test_a_loss_does_not_make_a_serving_run_complete():
+    """It knows of no batch sizes, and may be noted after one of them was measured"""
+    row = serve("jax", 1, 1, 0.01) | {"id": "mine~1"}
+    row["config"]["rows"] = 2
+    loss = records.create_record("latency", id="mine", status="interrupted")
+    assert compare.find_done([row, loss]) == compare.find_done([loss, row]) == set()
+    assert compare.find_done([row, loss, row | {"id": "mine~8"}]) == {"mine"}
+
+
+def test_all_that_is_started_reads_the_same_dotenv(bench, monkeypatch):
+    monkeypatch.setenv("FATES", "{}")  # to be unset again afterwards
+    monkeypatch.delenv("FATES")
+    (bench / ".env").write_text("""FATES={"jax1": "raise"}""")
+    assert run_main("--script=child.py", "--backends", "jax", "torch", "--repeats", 1) == 1
+
+
 def test_exported_rows_are_entries_of_their_own():
     items = []
     for item in serve_both():
@@ -1020,6 +1036,10 @@ BAD_INPUT = [
     (["--entries", "jax", "jax"], "entry 'jax' is there twice"),
     (["--entries", "tensorflow"], "pip install '.[tensorflow]'"),
     (["--entries", "jax", "--script", "no.py"], "there is no no.py; see --script"),
+    (
+        ["--entries", "keras-io-jax", "--script", "latency.py"],
+        "there to be trained, not to be served",
+    ),
     (["--repeats", "0"], "expected --repeats of at least 1, got 0"),
     (["--reference", "best"], "unknown reference 'best': expected one of jax, torch"),
     (["--target-accuracy", "40"], "expected --target-accuracy of 0 to 1, got 40"),

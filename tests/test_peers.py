@@ -223,8 +223,12 @@ def test_the_keras_io_example_is_the_same_model(backend, tmp_path):
     assert read_last_record(tmp_path)["model"] == theirs["model"]
 
 
-def test_the_keras_io_example_refuses_what_it_does_not_have(tmp_path):
-    flags = ("--stem=conv", "--no-use-wandb")
+@pytest.mark.parametrize(
+    "flag, expected",
+    [("--stem=conv", "--stem: expected patch"), ("--no-flip", "--flip: expected ")],
+)
+def test_the_keras_io_example_refuses_what_it_does_not_have(tmp_path, flag, expected):
+    flags = (flag, "--no-use-wandb")
     done = subprocess.run(
         [sys.executable, str(ROOT / "peers/keras_io.py"), *SMALL, *flags],
         cwd=tmp_path,
@@ -233,7 +237,8 @@ def test_the_keras_io_example_refuses_what_it_does_not_have(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and not (tmp_path / "results.jsonl").exists()
-    assert done.stderr.startswith("keras_io.py: error: --stem: expected patch, as the example")
+    assert done.stderr.startswith(f"keras_io.py: error: {expected}")
+    assert "as the example" in done.stderr and done.stderr.count("\n") == 1
 
 
 # ---- the same ways to end ----------------------------------------------------------------------

@@ -347,7 +347,7 @@ def test_a_run_is_stopped_before_its_first_step(tmp_path):
     assert item["timing"]["start_seconds"] is None
 
 
-def run_on_disk(folder, size, *flags, **environment):
+def run_on_disk(folder, size, *flags, script="vit.py", **environment):
     """A run on a file system of its own; its records and a list of its files stay in `folder`."""
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size={size} tmpfs disk"
@@ -356,7 +356,7 @@ def run_on_disk(folder, size, *flags, **environment):
         pytest.skip("no file system can be mounted here, not even in a namespace of one's own")
     leave = 'cd disk; "$0" "$@"; code=$?; cp *.jsonl ..; ls >../left; exit $code'
     return subprocess.run(
-        [*alone, f"{mount} && {leave}", sys.executable, ROOT / "vit.py", *flags],
+        [*alone, f"{mount} && {leave}", sys.executable, ROOT / script, *flags],
         cwd=folder,
         env=child_environment(folder, **environment),
         capture_output=True,
@@ -377,6 +377,17 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path):
     assert "the last epoch's weights were tested" in item["notes"]
     left = (tmp_path / "left").read_text().split()
     assert "results.jsonl" in left and "w.weights.h5" not in left
+
+
+def test_pre_training_on_a_full_disk_says_what_is_not_there(tmp_path):
+    flags = ("--warmup-epochs=0", "--no-use-wandb")
+    done = run_on_disk(tmp_path, "64k", *SMALL, *flags, script="pretrain.py")
+    assert done.returncode == 6 and "Traceback" not in done.stderr, done.stderr
+    item = read_last_record(tmp_path)
+    assert item["status"] == "ok"
+    for flag in ("--weights-path", "--grid-path"):
+        assert any(note.startswith(f"not written: {flag}: No space") for note in item["notes"])
+    assert "pretrained.npz" not in (tmp_path / "left").read_text().split()
 
 
 def test_a_disk_that_takes_nothing_is_told_in_a_few_lines(tmp_path):

@@ -1,5 +1,6 @@
 """sweep_config.json and sweep.py: by W&B's own tools, by Optuna, killed, shared and resumed"""
 
+import datetime
 import html.parser
 import json
 import os
@@ -89,6 +90,17 @@ QUICK = (
     "import sys; from harness import study; study.HEARTBEAT, study.GRACE = 1, 5;"
     "import sweep; sys.argv[0] = 'sweep.py'; sys.exit(sweep.main())"
 )
+
+
+def test_a_record_of_an_earlier_study_is_not_taken(tmp_path):
+    """Its database was deleted, say, and its records were not"""
+    path = tmp_path / "results.jsonl"
+    old = records.create_record("train", id="mine", status="ok", started="2026-01-01T00:00:00Z")
+    records.append_record(path, old)
+    begun = datetime.datetime.now()  # as Optuna tells it
+    assert sweep.find_record(path, "mine", begun) is None
+    records.append_record(path, records.create_record("train", id="mine", status="oom"))
+    assert sweep.find_record(path, "mine", begun)["status"] == "oom"
 
 
 # ---- sweep_config.json ---------------------------------------------------------------------------
