@@ -5,8 +5,10 @@
 # make test-tensorflow   the same for the optional third backend, which it installs apart
 # make test-images   build images and run them on the CPU; needs Docker and some 10 GB. More:
 #   make test-images IMAGES=ojo.jax BUILD_ARGS="--build-arg BASE_IMAGE=..." GPU="--runtime nvidia"
-# Both create .venv first. On a GPU: make demo EXTRAS=cuda12,torch TORCH=cu126  (see the README)
+# They create .venv first. On a GPU: make demo EXTRAS=cuda12,torch TORCH=cu126  (see the README); which
+# of them .venv was made with, later commands know.
 
+-include .venv/choices
 PYTHON ?= python3
 EXTRAS ?= jax,torch
 # PyTorch's build: cpu; cu126, for a GPU; empty, that of the package index, for CUDA 13 (driver 580).
@@ -30,6 +32,7 @@ bench: $(STAMP)
 # compile, one at a time; those that are measured find what they need. TOGETHER=4 is faster, with
 # some 17 GB of the GPU's memory. (A cell: precision, batch size, training images)
 bench-gpu: $(STAMP)
+	$(if $(findstring cuda,$(EXTRAS)),,$(error expected EXTRAS=cuda12,torch TORCH=cu126, got EXTRAS=$(EXTRAS)))
 	for cell in "float32 256 8400" "tf32 256 16800" "bfloat16 256 16800" "bfloat16 32 4200"; do \
 	  set -- $$cell; name=results/bench_gpu_$$1_$$2; \
 	  work="--dataset synthetic --test-images 100 --precision $$1 --batch-size $$2 --train-images $$3"; \
@@ -75,8 +78,9 @@ define install
 endef
 
 $(STAMP): pyproject.toml $(LOCKS)
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(call install,.venv,$(EXTRAS))
+	printf '%s\n' 'EXTRAS ?= $(EXTRAS)' 'TORCH ?= $(TORCH)' >.venv/choices
 	touch $@
 
 .venv/tests-installed: $(STAMP)

@@ -19,10 +19,10 @@ interpolated between the ordered iterations; images/s is a batch over the mean l
 its logits to the host included.
 
 With --export there are more rows, each a process, too: Keras' own `model.predict`, and the model as
-the file of each runtime named, made for the batch size. Their copy is what the host does before: it
-makes float32 of the pixels. Beside the times stand the file's size, the accuracy on the test images
-of --dataset, classified by the very function that was timed, and by how much logits are off Keras'
-own: the largest difference over the largest value.
+the file of each runtime named, made for the batch size. A file's copy is what the host does before,
+which is to make float32 of the pixels; `predict` has none. Beside the times stand the file's size,
+the accuracy on the test images of --dataset, classified by the very function that was timed, and by
+how much logits are off Keras' own: the largest difference over the largest value.
 
 Exit codes: those of vit.py, and 7 where a runtime is not installed or does not take the model; with
 several rows that of the first that failed.

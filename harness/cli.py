@@ -205,6 +205,17 @@ def check_ranges(config):
 def check_config(config):
     """Raise ConfigError where a configuration of a model and its training is impossible."""
     check_ranges(config)
+    refuse(
+        (
+            config.stem == "conv" and config.patch_size not in (2, 4, 8, 16),
+            f"--stem conv: expected --patch-size 2, 4, 8 or 16, got {config.patch_size}",
+        ),
+        (
+            config.warmup_epochs >= config.num_epochs,
+            f"--warmup-epochs: expected less than --num-epochs {config.num_epochs}, "
+            f"got {config.warmup_epochs}",
+        ),
+    )
     if config.image_size % config.patch_size:
         raise ConfigError(
             f"--image-size: expected a multiple of --patch-size {config.patch_size}, "
@@ -251,10 +262,6 @@ def check_clashes(config):
     """Raise ConfigError where choices of vit.py cannot be together."""
     refuse(
         (
-            config.stem == "conv" and config.patch_size not in (2, 4, 8, 16),
-            f"--stem conv: expected --patch-size 2, 4, 8 or 16, got {config.patch_size}",
-        ),
-        (
             config.position == "sincos" and config.projection_dim % 4,
             "--position sincos: expected --projection-dim to be a multiple of 4, "
             f"got {config.projection_dim}",
@@ -262,11 +269,6 @@ def check_clashes(config):
         (
             config.schedule == "constant" and (config.warmup_epochs or config.final_learning_rate),
             "--warmup-epochs, --final-learning-rate: expected --schedule cosine, got constant",
-        ),
-        (
-            config.warmup_epochs >= config.num_epochs,
-            f"--warmup-epochs: expected less than --num-epochs {config.num_epochs}, "
-            f"got {config.warmup_epochs}",
         ),
         (
             not config.augment

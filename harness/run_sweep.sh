@@ -11,6 +11,7 @@ agent in the container and prints the address of the sweep's page.
 
 WANDB_API_KEY, WANDB_ENTITY   from the environment, else from .env
 WANDB_PROJECT                 likewise; default keras3_edge_baseline
+WANDB_BASE_URL                likewise; a server of one's own
 COUNT=n      end after n trials (default: when the sweep is done or stopped; LOCAL=1: 20)
 SWEEP_ID=id  join a sweep, as printed by the machine that created it. Its trials bear that machine's
              node_name; whose they are stands in their records' device.node_name
