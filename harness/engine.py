@@ -1022,10 +1022,8 @@ def _fuse_adam(optimizer, variables):
 def _send(array):
     """A NumPy array as a tensor; on its way to the GPU, if there is one, without waiting for that
     to finish what it does."""
-    if not on_gpu():
-        return keras.ops.convert_to_tensor(array)
     copy = torch.from_numpy(np.array(array, order="C"))  # another order would be kept, and not fit
-    return copy.pin_memory().to("cuda", non_blocking=True)
+    return copy.pin_memory().to("cuda", non_blocking=True) if on_gpu() else copy
 
 
 def _read_later(tensor):

@@ -82,6 +82,15 @@ def only_line(done, prefix="vit.py: error: "):
     return lines[0].removeprefix(prefix)
 
 
+def refusal(parse, flags, capsys):
+    """The one line that `parse`, a function of flags, ends this process with."""
+    with pytest.raises(SystemExit) as ended:
+        parse(flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    return line
+
+
 def run_code(folder, backend, code):
     """Run Python on a backend, in a process of its own, with vit.py at hand; its printed JSON."""
     done = run_python(folder, "-c", code, KERAS_BACKEND=backend)

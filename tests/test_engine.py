@@ -178,14 +178,22 @@ def test_nothing_compiles_or_grows_after_the_first_epoch(tmp_path, backend):
 
 
 MASKS = """
-import json, zlib, numpy as np, keras
-from harness.dropout import Dropout
+import json, zlib, numpy as np, keras, vit
+from harness.dropout import Dropout, DropPath
 keras.utils.set_random_seed(7)
 layer, ones = Dropout(0.2), keras.ops.ones((50, 40, 30))
 masks = [np.asarray(keras.ops.convert_to_numpy(layer(ones, training=True)) == 0) for _ in range(3)]
 spectra = [np.fft.rfft((m.ravel() - 0.2) / 0.4) for m in masks]
 sums = [np.fft.irfft(a * b.conj()) / masks[0].size**0.5 for a in spectra for b in spectra]
 sums[0][0] = sums[4][0] = sums[8][0] = 0  # each with itself, not moved
+rows = DropPath(0.3)(keras.ops.ones((5000, 3, 4)), training=True)
+rows = keras.ops.convert_to_numpy(rows).reshape(5000, 12)
+config = vit.parse_config(["--drop-path=0.5", "--transformer-layers=3"])
+paths = [layer.rate for layer in vit.create_vit_classifier(config).layers
+         if isinstance(layer, DropPath)]
+assert paths == [0, 0, 0.25, 0.25, 0.5, 0.5]
+assert (rows.min(1) == rows.max(1)).all() and np.allclose(rows[rows > 0], 1 / 0.7)
+assert abs((rows == 0).mean() - 0.3) < 0.03  # whole pictures, less in the blocks before the last
 print(json.dumps([zlib.crc32(np.stack(masks).tobytes()), [float(m.mean()) for m in masks],
     [float((a & b).mean()) for a, b in zip(masks, masks[1:])],
     [float((masks[0] & np.roll(masks[0], 1, axis)).mean()) for axis in range(3)],
@@ -204,7 +212,9 @@ x, y = np.full((2, 2**22), [[1e-30], [1e-9]], "float32")
 product = engine.wait(engine.compile_function(lambda x, y: x * y)(x, y))
 print(json.dumps(int(np.count_nonzero(keras.ops.convert_to_numpy(product).view("int32")))))
 """
-    assert run_code(tmp_path, backend, code) == 0
+    threads = {"OMP_NUM_THREADS": "2", "KERAS_BACKEND": backend}
+    done = run_python(tmp_path, "-c", code, **threads)
+    assert done.stdout.strip() == "0", done.stderr
 
 
 def test_dropout_masks(tmp_path):

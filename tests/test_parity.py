@@ -118,6 +118,17 @@ def test_a_broken_backend_is_caught(reference, name):
     assert not read_only_record(reference)["quality"]["is_same"]
 
 
+def test_bfloat16_as_users_have_it(tmp_path):
+    """With all of the compilers' passes, vector instructions and two threads"""
+    users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "ATEN_CPU_CAPABILITY": ""}
+    users |= {"OMP_NUM_THREADS": "2"}
+    flags = ("--precision=bfloat16", "--steps=3", "--", *MODEL)
+    done = run_python(tmp_path, ROOT / "parity.py", *flags, **users)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_only_record(tmp_path)["quality"]["rows"]
+    assert all(row["observed"] > 1e-6 for row in rows)  # it is not float32
+
+
 @pytest.mark.parametrize("order", [("ours.npz", "theirs.npz"), ("theirs.npz", "ours.npz")])
 @pytest.mark.parametrize("change, code", [(1e-9, 1), (1e-3, 0)])
 def test_a_model_that_magnifies_rounding_gets_more_room(reference, change, code, order):

@@ -12,11 +12,13 @@ from conftest import (
     SMALL,
     child_environment,
     read_last_record,
+    refusal,
     run_code,
     run_vit,
 )
 
 from harness.record import read_records
+from peers import common
 
 NO_DROPOUT = ("--dropout=0", "--attention-dropout=0", "--head-dropout=0")
 BOUND = 0.12
@@ -244,16 +246,27 @@ def test_the_keras_io_example_refuses_what_it_does_not_have(tmp_path, flag, expe
 # ---- the same ways to end ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--num-epochs=many"], "--num-epochs"),
+        (["--batch-size=0"], "--batch-size: expected above 0, got 0"),
+        (["--train-images=100"], "--batch-size: expected at most the 90 images"),
+        (["--precision=float16"], "--precision"),
+        (["--stem=conv"], "--stem conv: expected --patch-size 2, 4, 8 or 16, got 6"),
+        (["--warmup-epochs=1"], "--warmup-epochs: expected --schedule cosine, got constant"),
+    ],
+)
+def test_a_bad_value_is_one_line(capsys, flags, told):
+    assert told in refusal(lambda flags: common.parse(common.Config, flags, ""), flags, capsys)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "flags, told",
     [
         (["--no-such-flag"], "--no-such-flag"),
-        (["--num-epochs=many"], "--num-epochs"),
         (["--image-size=70"], "--image-size: expected a multiple of --patch-size 6, got 70"),
-        (["--batch-size=0"], "--batch-size: expected above 0, got 0"),
-        (["--train-images=100"], "--batch-size: expected at most the 90 images"),
-        (["--precision=float16"], "--precision"),
     ],
 )
 def test_a_bad_flag_is_one_line(tmp_path, backend, flags, told):

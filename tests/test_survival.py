@@ -82,9 +82,9 @@ def whole(backend, tmp_path_factory):
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(tmp_path, backend, whole):
     moments, kills = random.Random(0), 0
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         with start(tmp_path, "--resume", backend=backend) as child:
-            is_early = moments.random() < 0.2  # while it loads, restores and compiles
+            is_early = kill % 5 == 1  # while it loads, restores and compiles
             while not is_early and not child.stdout.readline().startswith("epoch "):
                 assert child.poll() is None, child.stderr.read()
             time.sleep(moments.uniform(0, 5 if is_early else 0.5))
@@ -182,6 +182,35 @@ print(json.dumps([arrays[0].tolist(), *(array.ctypes.data for array in arrays)])
     assert values == [1, 2, 3] and places[0] == places[1]
 
 
+BEST = """
+import json, keras, numpy as np
+from pathlib import Path
+from harness import state
+import vit
+
+found = []
+for epochs in (
+    [{"val_accuracy": a, "val_loss": loss} for a, loss in ((0.3, 1), (0.5, 3), (0.5, 2), (0.4, 0))],
+    [{"val_loss": loss} for loss in (2.0, 0.5, 0.5, 0.7)],
+):
+    files = state.open_files(Path("runs"), str(len(found)), False)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.compile("sgd", "mse")
+    best = state.KeepBest(files)
+    best.set_model(model)
+    for epoch, logs in enumerate(epochs):
+        model.set_weights([np.full((1, 1), epoch + 1.0)])
+        best.on_epoch_end(epoch, logs)
+    found.append([best.load(), float(model.get_weights()[0][0, 0])])
+print(json.dumps(found))
+"""
+
+
+def test_the_weights_of_the_best_epoch_come_back(tmp_path, backend):
+    """By accuracy, or by the loss where there is none; of two as good, the first"""
+    assert run_code(tmp_path, backend, BEST) == [[2, 2.0], [2, 2.0]]
+
+
 def test_without_resume_a_stopped_run_is_named_and_left_alone(tmp_path):
     left = kill_after(tmp_path, 2)
     done = run_vit(tmp_path, *LONG)
@@ -193,14 +222,36 @@ def test_without_resume_a_stopped_run_is_named_and_left_alone(tmp_path):
 def test_two_runs_of_one_command_at_once(tmp_path):
     short = "--num-epochs=4"
     with start(tmp_path, short) as first, start(tmp_path, short) as second:
-        folders = set()
-        while len(folders) < 2 and first.poll() is None and second.poll() is None:
-            folders = {path.parent for path in (tmp_path / "runs").glob("*/state.npz")}
+        wait_for_epoch(first, 1)
+        first.send_signal(signal.SIGSTOP)
+        wait_for_epoch(second, 1)
+        folders = list((tmp_path / "runs").iterdir())
+        first.send_signal(signal.SIGCONT)
         errors = [child.communicate()[1] for child in (first, second)]
     assert len(folders) == 2, errors
     items, problems = record.read_records(tmp_path / "results.jsonl")
     assert [item["status"] for item in items] == ["ok", "ok"] and not problems
     assert losses(items[0]) == losses(items[1])
+
+
+@ONE_BACKEND
+def test_plain_fit_goes_on_in_the_same_wandb_run(tmp_path, backend):
+    flags = [flag for flag in LONG if flag != "--no-use-wandb"]
+    flags += ["--trainer=fit", "--num-epochs=4"]
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = run_vit(tmp_path, *flags, wandb=True, **offline)
+    assert done.returncode == 0, done.stderr
+    undisturbed = read_last_record(tmp_path)
+    (tmp_path / "killed").mkdir()
+    with start(tmp_path / "killed", *flags, "--use-wandb", **offline) as child:
+        wait_for_epoch(child, 2)
+        child.kill()
+    done = run_vit(tmp_path / "killed", *flags, "--use-wandb", "--resume", wandb=True, **offline)
+    assert done.returncode == 0 and "goes on after epoch" in done.stdout, done.stderr
+    assert losses(read_last_record(tmp_path / "killed")) == losses(undisturbed)
+    logs = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    whole, *parts = [log.stem.removeprefix("run-") for log in logs]
+    assert len(parts) == 2 and len({whole, *parts}) == 2, logs
 
 
 @ONE_BACKEND

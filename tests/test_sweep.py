@@ -570,11 +570,12 @@ def test_four_workers_share_a_study(bench):
 # ---- sweep.py with vit.py ------------------------------------------------------------------------
 
 
-def start_real(folder, **content):
+def start_real(folder, images=TINY["train_images"], **content):
     """sweep.py on the smallest of models, and its standard output"""
     content |= {"program": "vit.py", "method": "grid"}
     (folder / "sweep.json").write_text(json.dumps(content))
     work = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    work += [f"--train-images={images}"]
     command = [sys.executable, str(ROOT / "sweep.py"), "--config=sweep.json", "--backend=jax"]
     return subprocess.Popen(
         [*command, "--study=s", "--", *work, "--mlp-head-units", "64"],
@@ -593,7 +594,9 @@ def test_real_trials(tmp_path):
     rules = {"type": "hyperband", "min_iter": 1, "eta": 4}
     given = {"learning_rate": {"values": [0.0000001, 0.002]}, "num_epochs": {"value": 3}}
     metric = {"name": "loss", "goal": "minimize"}
-    sweep = start_real(tmp_path, metric=metric, early_terminate=rules, parameters=given)
+    sweep = start_real(  # whose epochs take longer than to end a trial
+        tmp_path, images=4000, metric=metric, early_terminate=rules, parameters=given
+    )
     output = sweep.communicate()[0]
     assert sweep.returncode == 0, output
     written, problems = records.read_records(tmp_path / "results/sweep-s.jsonl")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness import record as rec
-from harness import telemetry
+from harness import stopwatch, telemetry
 from harness.stopwatch import Stopwatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,6 +239,50 @@ def test_a_record_has_the_rails_of_all_steady_epochs(tmp_path):
     nested = energy["rails"]["VDDQ_VDD2_1V8AO"]
     assert nested > 0 and len(energy["rails"]) == 4
     assert energy["joules"] == pytest.approx(sum(energy["rails"].values()) - nested)
+
+
+@pytest.mark.parametrize(
+    "before, epochs, told",
+    [
+        ([], 3, {"compile_seconds": 4.0, "start_seconds": 8.0}),
+        ([], 1, {"compile_seconds": 4.0, "start_seconds": 8.0}),
+        ([14.0, 11.0], 3, {"compile_seconds": 4.0, "start_seconds": 8.0}),
+    ],
+)
+def test_what_is_steady(monkeypatch, before, epochs, told):
+    """On a clock and a meter of its own, 10 W. An epoch has 100 images in 10 s, the first takes 4 s
+    more for its first 10 images, since it compiles; validation takes 2 s and counts nowhere."""
+    now = 0.0
+
+    class Meter:
+        def start(self):
+            self.begun = now
+
+        def stop(self):
+            joules, seconds = 10 * (now - self.begun), now - self.begun
+            found = {"joules": joules, "window_seconds": seconds, "notes": [], "source": "it"}
+            return found | {"rails": {}}
+
+    monkeypatch.setattr(stopwatch, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    seconds = before, [2.0] * len(before)
+    watch = Stopwatch(len(before) + epochs, 100, lambda: None, Meter(), print, seconds)
+    for epoch in range(epochs):
+        watch.begin_epoch()
+        if epoch == 0:
+            now += 5
+            watch.end_first_call(10)
+        now += 10 if epoch else 9
+        watch.end_training()
+        now += 2
+        watch.end_epoch(len(before) + epoch, {"loss": 1.0})
+    timing, energy, notes = watch.measure(process_started=-3.0)
+    assert timing["train_images_per_second"] == pytest.approx(10)
+    assert {name: timing[name] for name in told} == pytest.approx(told)
+    assert timing["epoch_seconds"] == [*before, 14, *[10] * (epochs - 1)]
+    assert timing["validation_seconds"] == [2] * len(timing["epoch_seconds"])
+    assert energy["joules_per_image"] == pytest.approx(1.0)
+    assert energy["window_seconds"] == pytest.approx(10 * (epochs - 1) or 9)
+    assert any(note.startswith("one epoch only") for note in notes) == (epochs == 1)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])

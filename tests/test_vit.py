@@ -20,6 +20,7 @@ from conftest import (
     read_last_record,
     read_log,
     read_wandb,
+    refusal,
     run_code,
     run_python,
     run_vit,
@@ -27,6 +28,7 @@ from conftest import (
 from PIL import Image
 
 from harness import data
+from harness.stopwatch import Diverged, Progress
 
 ARCHIVE = Path.home() / ".keras/datasets/cifar-100-python-target_archive"
 
@@ -50,7 +52,6 @@ def test_help_needs_no_keras(tmp_path, no_keras):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--image-size=70"], "--image-size: expected a multiple of --patch-size 6, got 70"),
         (["--batch-size=0"], "--batch-size: expected above 0, got 0"),
         (["--validation-split=1.0"], "expected at least 0 and below 1, got 1.0"),
         (["--learning-rate=nan"], "--learning-rate: expected above 0, got nan"),
@@ -63,11 +64,25 @@ def test_help_needs_no_keras(tmp_path, no_keras):
         (["--train-images=100"], "--batch-size: expected at most the 90 images"),
         (["--micro-batch-size=100"], "expected a divisor of --batch-size 256, got 100"),
         (["--train-images=50001"], "--train-images: expected at most 50000"),
-        (["--keras-backend=mxnet"], "expected one of jax, torch, tensorflow, got 'mxnet'"),
         (["--wandb-tags=[broken"], "--wandb-tags: expected a list"),
     ],
 )
-def test_an_impossible_value_is_one_line(tmp_path, no_keras, flags, told):
+def test_an_impossible_value_is_one_line(capsys, flags, told):
+    import vit
+
+    assert told in refusal(vit.parse_config, flags, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--image-size=70"], "--image-size: expected a multiple of --patch-size 6, got 70"),
+        (["--keras-backend=mxnet"], "expected one of jax, torch, tensorflow, got 'mxnet'"),
+    ],
+)
+def test_what_is_impossible_is_refused_before_anything_that_takes_time(
+    tmp_path, no_keras, flags, told
+):
     done = run_vit(tmp_path, *flags, **no_keras)
     assert done.returncode == 2 and told in only_line(done)
     assert not (tmp_path / "results.jsonl").exists()
@@ -173,7 +188,7 @@ print(json.dumps([model.loss.__name__, type(model.optimizer).__name__.lower()]))
 
 
 EXTENDED = """
-import contextlib, io, json, keras, vit
+import contextlib, io, json, keras, time, vit
 from harness import telemetry
 from harness.record import read_records
 compiled, seen = [], []
@@ -191,6 +206,9 @@ def count():
     return torch._dynamo.utils.counters["aot_autograd"]["total"]
 
 class Watch(keras.callbacks.Callback):
+    def on_test_begin(self, logs=None):
+        time.sleep(0 if seen else 0.3)
+
     def on_epoch_end(self, epoch, logs=None):
         seen.append([count(), telemetry.host_rss_bytes(), sorted(logs)])
         self.model.stop_training = epoch == 49
@@ -205,7 +223,9 @@ vit.list_callbacks = lambda config, run: [Watch(), rate]
 with contextlib.redirect_stdout(io.StringIO()) as told:
     code = vit.main(vit.parse_config({flags}))
 assert "not measured: no such metric was given to model.compile" in told.getvalue()
-quality = read_records("results.jsonl")[0][0]["quality"]
+item = read_records("results.jsonl")[0][0]
+quality = item["quality"]
+assert item["timing"]["validation_seconds"][0] >= 0.3
 counts, sizes, names = zip(*seen)
 print(json.dumps([code, len(seen), counts[1], counts[-1], max(sizes[-10:]) - max(sizes[5:15]),
                   names[0], quality["val_loss"], quality["val_nats"], quality["best_epoch"]]))
@@ -224,6 +244,36 @@ def test_metrics_and_callbacks_are_exchangeable_and_nothing_grows(tmp_path, back
     assert nats == pytest.approx(losses, rel=1e-5)
     assert len(set(losses[:5])) == 5 and len(set(losses[5:])) == 1  # a rate of 0
     assert losses[best - 1] == min(losses)
+
+
+PER_CALL = """
+import json, vit
+from harness.record import read_records
+
+losses = []
+for per_call in (1, {per_call}):
+    vit.engine.steps_per_call = lambda steps: per_call
+    path = f"--results-path={{per_call}}.jsonl"
+    assert vit.main(vit.parse_config([*{flags!r}, path])) == 0
+    quality = read_records(f"{{per_call}}.jsonl")[0][0]["quality"]
+    losses.append([*quality["loss"], quality["test_loss"]])
+print(json.dumps(losses))
+"""
+
+
+def test_several_steps_in_a_call_train_as_one_after_the_other(tmp_path, backend):
+    """As on a GPU, where JAX's calls are of one length, and PyTorch's last one may be shorter"""
+    flags = [*SMALL, "--num-epochs=2", f"--keras-backend={backend}", "--no-use-wandb"]
+    flags += ["--no-verbose"]  # seven steps an epoch
+    code = PER_CALL.format(flags=flags, per_call={"jax": 7, "torch": 4}[backend])
+    one, several = run_code(tmp_path, backend, code)
+    assert several == pytest.approx(one, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_named_by_its_step():
+    progress = Progress(epochs=2, steps=7, is_shown=False)
+    with pytest.raises(Diverged, match="loss nan in epoch 1, step 5: lower --learning-rate"):
+        progress.show(0, 6, lambda: np.array([1.0, np.nan, np.nan]))
 
 
 # ---- a run that learns -------------------------------------------------------------------------
