@@ -407,6 +407,9 @@ def observe_training(model, found, create_optimizer, move=None):
     seeds = [(v, v.numpy()) for v in model.non_trainable_variables if id(v) not in known]
     assign_weights(model, found, move)
     seen = {"loss": train(model, KeepGradients(), pixels[:1], labels[:1])}
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # in float16
+    if not int(optimizer.iterations.numpy()):
+        raise Unreadable("--precision float16: a gradient is beyond it, so that no step was made")
     for number, variable in enumerate(model.trainable_variables):
         seen[f"gradients/{number:03d} {variable.path}"] = to_float(variable)
     assign_weights(model, found, move)

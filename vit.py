@@ -767,7 +767,6 @@ def train(model, dataset, config, draw, apply, report, callbacks, files):
     )
     # Batch hooks are left alone: overriding them would make Keras wait for every step.
     clock = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: stopwatch.begin_epoch(),
         on_test_begin=lambda logs: stopwatch.end_training(),
         on_epoch_end=stopwatch.end_epoch,
     )
@@ -777,6 +776,9 @@ def train(model, dataset, config, draw, apply, report, callbacks, files):
     if files.is_kept:
         keep = state.KeepState(files, history, stopwatch, average, dataset.fingerprint)
         callbacks.append(keep)
+    # Last: what others do before an epoch is no part of it.
+    begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *given: stopwatch.begin_epoch())
+    callbacks.append(begin)
     try:
         if is_compiled(config):
             return train_compiled(model, dataset, config, draw, apply, callbacks, stopwatch, done)

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from harness import ending
-from harness.optimizer import Muon
+from harness.optimizer import Muon, flatten
 from harness.telemetry import HOST_MEMORY
 
 BACKEND = keras.backend.backend()
@@ -90,7 +90,7 @@ def set_precision(precision):
 
     `float32` is full float32 (JAX would take TF32 on Ampere and later), `tf32` keeps float32
     arrays and rounds the factors to TF32, the 16-bit ones are Keras' mixed precision policies:
-    weights in float32, arithmetic in 16 bits.
+    weights in float32, arithmetic in 16 bits, or TF32 where a layer's is in float32.
 
     Returns:
         what matrix products will really run in: a CPU has no TF32 and runs float32 instead.
@@ -105,17 +105,19 @@ def set_precision(precision):
     keras.mixed_precision.set_dtype_policy(
         {"bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}.get(precision, "float32")
     )
-    tf32 = precision == "tf32" and on_gpu()
+    allows_tf32 = precision != "float32" and on_gpu()
     if BACKEND == "jax":
-        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
+        # XLA writes products of its own, with what is around them, for its default precision alone.
+        products = "tensorfloat32" if precision == "tf32" else "default"
+        jax.config.update("jax_default_matmul_precision", products if allows_tf32 else "highest")
     elif BACKEND == "torch":
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = allows_tf32
+        torch.backends.cudnn.allow_tf32 = allows_tf32
         # Inductor advises to turn on what was not asked for.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     else:
-        tf.config.experimental.enable_tensor_float_32_execution(tf32)
-    return "float32" if precision == "tf32" and not tf32 else precision
+        tf.config.experimental.enable_tensor_float_32_execution(allows_tf32)
+    return "float32" if precision == "tf32" and not allows_tf32 else precision
 
 
 def synchronize():
@@ -974,6 +976,7 @@ def _fuse_adam(optimizer, variables):
     late = [torch.tensor(1e9, device=tensors[0].device)] * len(tensors)
     steps_done = int(optimizer.iterations.value)
     has_stepped = steps_done > 0
+    move_matrices = _fuse_muon(optimizer, variables) if is_muon else None
 
     def list_rates(steps):
         nonlocal steps_done
@@ -998,7 +1001,7 @@ def _fuse_adam(optimizer, variables):
         if decayed:
             torch._foreach_mul_(decayed, 1 - rate * decay)
         if is_muon:
-            optimizer.update_matrices(gradients, variables, rate)
+            move_matrices(gradients, rate)
         torch._fused_adamw_(
             *(tensors, [gradients[n] for n in fused], momentums, velocities, [], late),
             lr=corrected,
@@ -1017,6 +1020,41 @@ def _fuse_adam(optimizer, variables):
         optimizer.iterations.value.add_(1)
 
     return update, list_rates
+
+
+def _fuse_muon(optimizer, variables):
+    """What `Muon.update_matrices` does, in a quarter of the kernels: a function of all gradients
+    and of the rate, a tensor."""
+    numbers = [n for n, variable in enumerate(variables) if optimizer.is_matrix(variable)]
+    momenta = [optimizer.momentums[n].value for n in numbers]
+    weights = [variables[n].value.detach() for n in numbers]
+    a, b, c, share = (getattr(optimizer, n) for n in ("muon_a", "muon_b", "muon_c", "momentum"))
+    dtype = getattr(torch, keras.config.dtype_policy().compute_dtype)
+    groups = {}
+    for place, n in enumerate(numbers):
+        groups.setdefault(flatten(variables[n]), []).append(place)
+
+    def orthogonalize(x):
+        if x.shape[1] > x.shape[2]:
+            return orthogonalize(x.mT).mT.contiguous()
+        x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+        for _ in range(optimizer.ns_steps):
+            square = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        return x.float()
+
+    def move_matrices(gradients, rate):
+        moves = [gradients[n] for n in numbers]
+        torch._foreach_mul_(momenta, share)
+        torch._foreach_add_(momenta, moves)
+        moves = torch._foreach_add(moves, momenta, alpha=share) if optimizer.nesterov else momenta
+        for shape, places in groups.items():
+            found = orthogonalize(torch.stack([moves[place].view(shape) for place in places]))
+            length = optimizer.rms_rate * math.sqrt(max(shape)) if optimizer.rms_rate else 1.0
+            moved = [weights[place].view(shape) for place in places]
+            torch._foreach_sub_(moved, (found * (rate * length)).unbind())
+
+    return move_matrices
 
 
 def _send(array):

@@ -53,7 +53,7 @@ def dropout(x, rate, key, shape=None):
     """
     if key is None or rate == 0:
         return x
-    first, second = jax.random.bits(key, (2,), "uint32")
+    first, second = key
     shape = shape or x.shape
     bits = jax.lax.iota("uint32", math.prod(shape)).reshape(shape)
     bits = (bits + first) * jnp.uint32(0x21F0AAAD)
@@ -137,7 +137,7 @@ def create_model(config, dtype):
     def forward(p, statistics, pixels, key=None):
         keys, (mean, scale) = repeat(None), statistics
         if key is not None:
-            keys = iter(jax.random.split(key, config.num_dropouts))
+            keys = iter(jax.random.bits(key, (config.num_dropouts, 2), "uint32"))
         batch, channels = pixels.shape[0], pixels.shape[-1]
         x = ((pixels.astype("float32") - mean) * scale).astype(dtype)
         shape = (batch, config.image_size, config.image_size, channels)
@@ -285,9 +285,11 @@ class Peer:
     def __init__(self, config):
         on_gpu = jax.default_backend() == "gpu"
         self.config, self.gpu_name = config, jax.local_devices()[0].device_kind if on_gpu else None
-        tf32 = config.precision == "tf32" and on_gpu
-        self.precision = config.precision if tf32 or config.precision != "tf32" else "float32"
-        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
+        allows_tf32 = config.precision != "float32" and on_gpu
+        asked = config.precision
+        self.precision = "float32" if asked == "tf32" and not on_gpu else asked
+        products = "tensorfloat32" if config.precision == "tf32" else "default"
+        jax.config.update("jax_default_matmul_precision", products if allows_tf32 else "highest")
 
     def build(self, mean, variance):
         dtype = "bfloat16" if self.precision == "bfloat16" else "float32"

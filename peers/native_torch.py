@@ -299,9 +299,10 @@ class Peer:
         on_gpu = torch.cuda.is_available()
         self.config, self.device = config, torch.device("cuda" if on_gpu else "cpu")
         self.gpu_name = torch.cuda.get_device_name() if on_gpu else None
-        tf32 = config.precision == "tf32" and on_gpu
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        self.precision = config.precision if tf32 or config.precision != "tf32" else "float32"
+        allows_tf32 = config.precision != "float32" and on_gpu
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allows_tf32
+        asked = config.precision
+        self.precision = "float32" if asked == "tf32" and not on_gpu else asked
         self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def build(self, mean, variance):
@@ -332,6 +333,8 @@ class Peer:
         compile = torch.compile if self.config.jit_compile else lambda function, **_: function
         self.compute_loss = compile(self.compute_loss, fullgraph=True, dynamic=False)
         self.score_batch = compile(self.score_batch, fullgraph=True, dynamic=False)
+        if self.gpu_name:  # by itself: see there
+            self.make_batch = compile(self.make_batch, fullgraph=True, dynamic=False)
         self.sums, self.steps_done = torch.zeros(3, device=self.device), 0
         self.graph, self.given = None, None  # a step as a CUDA graph, and what it reads
 
