@@ -5,9 +5,9 @@
 # make test-tensorflow   the same for the optional third backend, which it installs apart
 # make test-images   build images and run them on the CPU; needs Docker and some 10 GB. More:
 #   make test-images IMAGES=ojo.jax BUILD_ARGS="--build-arg BASE_IMAGE=..." GPU="--runtime nvidia"
-# They create .venv first. On a GPU: make demo EXTRAS=cuda12,torch TORCH=cu126  (see the README); which
-# of them .venv was made with, later commands know.
+# They create .venv first. On a GPU: make demo EXTRAS=cuda12,torch TORCH=cu126  (see the README)
 
+# With what .venv was made, which later commands keep to.
 -include .venv/choices
 PYTHON ?= python3
 EXTRAS ?= jax,torch
@@ -16,6 +16,12 @@ TORCH ?= cpu
 STAMP = .venv/installed-$(subst $(comma),-,$(EXTRAS))$(TORCH:%=-%)
 comma := ,
 LOCKS = requirements.lock requirements-torch.lock
+
+ifneq ($(filter bench-gpu,$(MAKECMDGOALS)),)
+ifneq ($(findstring cuda,$(EXTRAS))$(filter cpu,$(TORCH)),cuda)
+$(error expected builds for a GPU: EXTRAS=cuda12,torch TORCH=cu126; got EXTRAS=$(EXTRAS) TORCH=$(TORCH))
+endif
+endif
 
 demo: $(STAMP)
 	.venv/bin/python compare.py --report report
@@ -32,7 +38,6 @@ bench: $(STAMP)
 # compile, one at a time; those that are measured find what they need. TOGETHER=4 is faster, with
 # some 17 GB of the GPU's memory. (A cell: precision, batch size, training images)
 bench-gpu: $(STAMP)
-	$(if $(findstring cuda,$(EXTRAS)),,$(error expected EXTRAS=cuda12,torch TORCH=cu126, got EXTRAS=$(EXTRAS)))
 	for cell in "float32 256 8400" "tf32 256 16800" "bfloat16 256 16800" "bfloat16 32 4200"; do \
 	  set -- $$cell; name=results/bench_gpu_$$1_$$2; \
 	  work="--dataset synthetic --test-images 100 --precision $$1 --batch-size $$2 --train-images $$3"; \
@@ -79,8 +84,8 @@ endef
 
 $(STAMP): pyproject.toml $(LOCKS)
 	$(PYTHON) -m venv --clear .venv
+	printf '%s\n' 'PYTHON ?= $(PYTHON)' 'EXTRAS ?= $(EXTRAS)' 'TORCH ?= $(TORCH)' >.venv/choices
 	$(call install,.venv,$(EXTRAS))
-	printf '%s\n' 'EXTRAS ?= $(EXTRAS)' 'TORCH ?= $(TORCH)' >.venv/choices
 	touch $@
 
 .venv/tests-installed: $(STAMP)

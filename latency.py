@@ -288,20 +288,28 @@ def describe_load(report):
 def measure_each(config):
     """A child for each row: this command with VIT_LATENCY_ROW. Returns the exit code of the first
     that failed, else 0."""
-    table, codes, stopped = Table(), [], []
-    # A terminal's Ctrl-C is for the child, too, which writes its record first.
-    signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
+    table, codes, stopped, child = Table(), [], False, None
+
+    def forward(number, frame):
+        nonlocal stopped
+        stopped = True
+        if child is not None:
+            child.send_signal(number)  # which writes its record first
+
+    signal.signal(signal.SIGINT, forward)
     run = os.environ.get("VIT_RECORD_ID") or uuid.uuid4().hex  # a comparison names its runs
     for row, (size, runtime) in enumerate(config.list_rows()):
         name = f"{run}~{size}" + (f"~{runtime}" if config.export else "")
-        codes.append(
-            subprocess.run(
-                [sys.executable, *sys.orig_argv[1:]],
-                env={**os.environ, "VIT_RECORD_ID": name, "VIT_LATENCY_ROW": str(row)},
-                stdin=subprocess.DEVNULL,
-                preexec_fn=ending.end_with_parent,
-            ).returncode
+        child = subprocess.Popen(
+            [sys.executable, *sys.orig_argv[1:]],
+            env={**os.environ, "VIT_RECORD_ID": name, "VIT_LATENCY_ROW": str(row)},
+            stdin=subprocess.DEVNULL,
+            preexec_fn=ending.end_with_parent,
+            start_new_session=True,  # the terminal's Ctrl-C comes once, by `forward`
         )
+        if stopped:  # before it was there
+            child.send_signal(signal.SIGINT)
+        codes.append(child.wait())
         if codes[-1] == 2:  # refused, as the others would be
             return 2
         report = find_record(config.results_path, name)

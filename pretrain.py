@@ -231,7 +231,7 @@ def run_pretraining(config, dataset, report, files, run=None):
         "grid_path": partial(save_grid, painter, pictures, masks, config, statistics),
     }
     written = [
-        files.save(name_flag(field), write, getattr(config, field), model)
+        files.save(name_flag(field), write, getattr(config, field))
         for field, write in results.items()
     ]
     if all(written) and config.verbose:

@@ -56,7 +56,7 @@ if __name__ == "__main__":  # once more from the start, before anything that tak
     ending.end_at_once()
     environment.keep_memory()
 BACKENDS = ("jax", "torch", "tensorflow")  # each is a pip extra, too
-IN_SERIES = {"VIT_RECORD_ID", "VIT_EPOCHS", "WANDB_SWEEP_ID"}  # by a comparison or a sweep
+SERIES = {"VIT_RECORD_ID", "VIT_EPOCHS", "WANDB_SWEEP_ID"}  # a comparison or a sweep sets them
 
 # ---------------------------------------------------------------------------------------------
 # Architectures and recipes: flags that a name stands for. What is typed wins over them
@@ -200,7 +200,7 @@ class ViTConfig:
     num_epochs: int = 10
     resume: bool = False  # go on with this command's run that was stopped, if there is one
     keep_state: bool = field(  # after each epoch, for that, in runs/ beside the records
-        default_factory=lambda: not IN_SERIES & os.environ.keys()
+        default_factory=lambda: not SERIES & os.environ.keys()
     )  # default: yes, but not in comparisons and sweeps, which begin a run again
     seed: int = 0
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"  # of matrix products
@@ -652,7 +652,7 @@ def train_plain(model, dataset, config, draw, apply, callbacks, done):
         validation_batch_size=config.batch_size,
         initial_epoch=done,
         epochs=config.num_epochs,
-        callbacks=[*callbacks, start],
+        callbacks=[start, *callbacks],
         shuffle=False,  # Batches brings its own order
         verbose=0,
     )

@@ -90,7 +90,7 @@ def set_precision(precision):
 
     `float32` is full float32 (JAX would take TF32 on Ampere and later), `tf32` keeps float32
     arrays and rounds the factors to TF32, the 16-bit ones are Keras' mixed precision policies:
-    weights in float32, arithmetic in 16 bits, or TF32 where a layer's is in float32.
+    weights in float32, arithmetic in 16 bits, on a GPU TF32 where a layer's is in float32.
 
     Returns:
         what matrix products will really run in: a CPU has no TF32 and runs float32 instead.
@@ -107,7 +107,7 @@ def set_precision(precision):
     )
     allows_tf32 = precision != "float32" and on_gpu()
     if BACKEND == "jax":
-        # XLA writes products of its own, with what is around them, for its default precision alone.
+        # XLA joins products with what is around them at its default precision alone.
         products = "tensorfloat32" if precision == "tf32" else "default"
         jax.config.update("jax_default_matmul_precision", products if allows_tf32 else "highest")
     elif BACKEND == "torch":

@@ -106,7 +106,8 @@ class RecordError(ValueError):
 def create_record(kind, **fields):
     """A record with every top-level key: groups empty, status "error" until someone sets it.
 
-    `started` is now, in UTC (ISO 8601, whole seconds). ValueError: an unknown kind or field.
+    `started` is now, in UTC (ISO 8601, whole seconds), `id` VIT_RECORD_ID's, else a new one.
+    ValueError: an unknown kind or field.
     """
     unknown = sorted(set(fields) - set(KEYS))
     if kind not in KINDS or unknown:

@@ -62,10 +62,10 @@ class RunFiles:
         """How many are done."""
         return self.state.facts["epochs"] if self.state else 0
 
-    def save(self, what, write, path, model, before=None):
-        """`replace`, for a file of all of a model's variables; a failure is told once and noted,
-        and the run goes on. Returns whether it was written."""
-        variables = list_variables(model)
+    def save(self, what, write, path, model=None, before=None):
+        """`replace`; a failure is told once and noted, and the run goes on. Returns whether it was
+        written. model: whose variables are all to be in the file, which takes room."""
+        variables = list_variables(model) if model else []
         room = sum(4 * math.prod(v.shape) + 4096 for v in variables)
         try:
             replace(path, write, room, before)
@@ -176,12 +176,13 @@ def replace(path, write, room, before=None):
     """Have `write` make a file beside `path`, which takes its place when it is on the disk; what
     was there becomes `before`, if given. OSError: it could not be written; all is as it was.
 
-    room: bytes that it will need, about: HDF5 crashes the process where the disk gets full.
+    room: bytes that it will need, about, or 0: HDF5 crashes the process where the disk gets full.
     """
     made = path.with_name(f"new.{uuid.uuid4().hex[:8]}.{path.name}")  # another run's may be there
     try:
         with made.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, room)
+            if room:
+                os.posix_fallocate(file.fileno(), 0, room)
         write(made)
         with made.open("rb") as file:
             os.fsync(file.fileno())
@@ -286,7 +287,7 @@ def restore(model, state, fingerprint):
 
 
 class KeepState(keras.callbacks.Callback):
-    """After each epoch, the last of the callbacks: write the state.
+    """After each epoch, when other callbacks are done with it: write the state.
 
     Args:
         history, stopwatch: what is known of the epochs.

@@ -44,8 +44,8 @@ def dense(p, x, dtype):
 
 
 def dropout(x, rate, key, shape=None):
-    """Zero a share `rate` of x and scale the rest; nothing without a key. The mask is of another
-    shape if given, as for a whole branch of a picture (drop path).
+    """Zero a share `rate` of x and scale the rest; nothing without a key, uint32 (2,). The mask is
+    of another shape if given, as for a whole branch of a picture (drop path).
 
     The mask is a hash of the element's number (multipliers of `lowbias32`, C. Wellons' "Hash
     Prospector", with a key added before and between them). XLA fuses it with what comes before and
@@ -286,8 +286,8 @@ class Peer:
         on_gpu = jax.default_backend() == "gpu"
         self.config, self.gpu_name = config, jax.local_devices()[0].device_kind if on_gpu else None
         allows_tf32 = config.precision != "float32" and on_gpu
-        asked = config.precision
-        self.precision = "float32" if asked == "tf32" and not on_gpu else asked
+        is_known = on_gpu or config.precision != "tf32"
+        self.precision = config.precision if is_known else "float32"
         products = "tensorfloat32" if config.precision == "tf32" else "default"
         jax.config.update("jax_default_matmul_precision", products if allows_tf32 else "highest")
 

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # are for --precision tf32
+warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # are not for float32
 torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, to which training comes
 IMPORT_SECONDS = common.IMPORT_SECONDS + time.perf_counter() - _import_started
 
@@ -301,8 +301,8 @@ class Peer:
         self.gpu_name = torch.cuda.get_device_name() if on_gpu else None
         allows_tf32 = config.precision != "float32" and on_gpu
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allows_tf32
-        asked = config.precision
-        self.precision = "float32" if asked == "tf32" and not on_gpu else asked
+        is_known = on_gpu or config.precision != "tf32"
+        self.precision = config.precision if is_known else "float32"
         self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def build(self, mean, variance):
@@ -333,7 +333,7 @@ class Peer:
         compile = torch.compile if self.config.jit_compile else lambda function, **_: function
         self.compute_loss = compile(self.compute_loss, fullgraph=True, dynamic=False)
         self.score_batch = compile(self.score_batch, fullgraph=True, dynamic=False)
-        if self.gpu_name:  # by itself: see there
+        if self.gpu_name:  # apart from the model: see make_batch
             self.make_batch = compile(self.make_batch, fullgraph=True, dynamic=False)
         self.sums, self.steps_done = torch.zeros(3, device=self.device), 0
         self.graph, self.given = None, None  # a step as a CUDA graph, and what it reads

@@ -64,7 +64,7 @@ for make, steps in (
     (lambda: keras.optimizers.SGD(schedule, momentum=0.9), 4),
     (lambda: keras.optimizers.AdamW(schedule, weight_decay=0.1, clipnorm=0.1), 4),
     (lambda: keras.optimizers.Muon(1e-3, weight_decay=0.1), 4),
-    (lambda: Muon(1e-3, weight_decay=0.1, nesterov=False, rms_rate=None), 4),
+    (lambda: Muon(1e-3, weight_decay=0.1, adam_weight_decay=0.1, nesterov=False, rms_rate=None), 4),
     (lambda: Muon(
         schedule, weight_decay=0.1, adam_weight_decay=0.1, global_clipnorm=0.1, use_ema=True,
         ema_momentum=0.5,
@@ -97,8 +97,11 @@ def test_compiled_steps_do_what_fit_does(tmp_path, backend):
         assert losses == pytest.approx(plain, rel=1e-5) and iterations == len(plain)
         assert averages == [] or averages[0] == pytest.approx(averages[1], rel=1e-3, abs=1e-3)
     assert averages != []  # of the last one
-    difference, (accuracy, plain_accuracy) = found[0][2:4]
-    assert difference < 2e-4 and accuracy == pytest.approx(plain_accuracy)
+    accuracy, plain_accuracy = found[0][3]
+    assert accuracy == pytest.approx(plain_accuracy)
+    differences = [case[2] for case in found]
+    assert differences.pop(3) < 1e-2  # Keras' own Muon: its steps magnify rounding
+    assert max(differences) < 2e-4
 
 
 WHOLE = (

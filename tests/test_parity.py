@@ -126,7 +126,7 @@ def test_bfloat16_as_users_have_it(tmp_path):
     done = run_python(tmp_path, ROOT / "parity.py", *flags, **users)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_only_record(tmp_path)["quality"]["rows"]
-    assert all(row["observed"] > 1e-6 for row in rows)  # it is not float32
+    assert all(row["observed"] > 1e-6 for row in rows[:2])  # layers and logits: it is not float32
 
 
 @pytest.mark.parametrize("order", [("ours.npz", "theirs.npz"), ("theirs.npz", "ours.npz")])

@@ -431,14 +431,15 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path):
 
 
 def test_pre_training_on_a_full_disk_says_what_is_not_there(tmp_path):
-    flags = ("--warmup-epochs=0", "--no-use-wandb")
-    done = run_on_disk(tmp_path, "64k", *SMALL, *flags, script="pretrain.py")
+    """There is room for the picture and the record, not for the weights."""
+    flags = ("--warmup-epochs=0", "--projection-dim=128", "--no-use-wandb")
+    done = run_on_disk(tmp_path, "160k", *SMALL, *flags, script="pretrain.py")
     assert done.returncode == 6 and "Traceback" not in done.stderr, done.stderr
     item = read_last_record(tmp_path)
     assert item["status"] == "ok"
-    for flag in ("--weights-path", "--grid-path"):
-        assert any(note.startswith(f"not written: {flag}: No space") for note in item["notes"])
-    assert "pretrained.npz" not in (tmp_path / "left").read_text().split()
+    assert "not written: --weights-path: No space left on device" in item["notes"]
+    left = (tmp_path / "left").read_text().split()
+    assert "pretrained.npz" not in left and "pretrained.png" in left
 
 
 def test_a_disk_that_takes_nothing_is_told_in_a_few_lines(tmp_path):

@@ -573,9 +573,9 @@ def test_four_workers_share_a_study(bench):
 def start_real(folder, images=TINY["train_images"], **content):
     """sweep.py on the smallest of models, and its standard output"""
     content |= {"program": "vit.py", "method": "grid"}
+    work = TINY | {"train_images": images}
     (folder / "sweep.json").write_text(json.dumps(content))
-    work = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    work += [f"--train-images={images}"]
+    work = [f"--{name.replace('_', '-')}={value}" for name, value in work.items()]
     command = [sys.executable, str(ROOT / "sweep.py"), "--config=sweep.json", "--backend=jax"]
     return subprocess.Popen(
         [*command, "--study=s", "--", *work, "--mlp-head-units", "64"],

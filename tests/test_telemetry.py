@@ -241,15 +241,8 @@ def test_a_record_has_the_rails_of_all_steady_epochs(tmp_path):
     assert energy["joules"] == pytest.approx(sum(energy["rails"].values()) - nested)
 
 
-@pytest.mark.parametrize(
-    "before, epochs, told",
-    [
-        ([], 3, {"compile_seconds": 4.0, "start_seconds": 8.0}),
-        ([], 1, {"compile_seconds": 4.0, "start_seconds": 8.0}),
-        ([14.0, 11.0], 3, {"compile_seconds": 4.0, "start_seconds": 8.0}),
-    ],
-)
-def test_what_is_steady(monkeypatch, before, epochs, told):
+@pytest.mark.parametrize("before, epochs", [([], 3), ([], 1), ([14.0, 11.0], 3)])
+def test_what_is_steady(monkeypatch, before, epochs):
     """On a clock and a meter of its own, 10 W. An epoch has 100 images in 10 s, the first takes 4 s
     more for its first 10 images, since it compiles; validation takes 2 s and counts nowhere."""
     now = 0.0
@@ -277,7 +270,7 @@ def test_what_is_steady(monkeypatch, before, epochs, told):
         watch.end_epoch(len(before) + epoch, {"loss": 1.0})
     timing, energy, notes = watch.measure(process_started=-3.0)
     assert timing["train_images_per_second"] == pytest.approx(10)
-    assert {name: timing[name] for name in told} == pytest.approx(told)
+    assert timing["compile_seconds"] == pytest.approx(4) and timing["start_seconds"] == 8
     assert timing["epoch_seconds"] == [*before, 14, *[10] * (epochs - 1)]
     assert timing["validation_seconds"] == [2] * len(timing["epoch_seconds"])
     assert energy["joules_per_image"] == pytest.approx(1.0)
