@@ -196,25 +196,10 @@ print(json.dumps(found))
 
 # ---- weights from elsewhere --------------------------------------------------------------------
 
-WEIGHTS = """
-import json
-from pathlib import Path
-import numpy as np
+SHAKE = """
 import torch
-import keras
-import latency, vit
-from harness.resnet import create_resnet50
-from harness.weights import load_state_dict
-from peers import imagenet_torch
 
 torch.manual_seed(0)
-NAMES = [  # of timm and DeiT, where torchvision has others
-    ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
-    ("conv_proj.", "patch_embed.proj."), ("encoder.layers.encoder_layer_", "blocks."),
-    ("ln_1", "norm1"), ("ln_2", "norm2"), ("self_attention.in_proj_", "attn.qkv."),
-    ("self_attention.out_proj", "attn.proj"), ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2"),
-    ("encoder.ln", "norm"), ("heads.head", "head"),
-]
 
 
 def shake(module):
@@ -223,6 +208,26 @@ def shake(module):
             noise = torch.randn_like(value) * 0.1
             value.copy_(value + (noise.abs() if "var" in name else noise))
     return module.eval()
+"""
+WEIGHTS = (
+    SHAKE
+    + """
+import json
+from pathlib import Path
+import numpy as np
+import keras
+import latency, vit
+from harness.resnet import create_resnet50
+from harness.weights import load_state_dict
+from peers import imagenet_torch
+
+NAMES = [  # of timm and DeiT, where torchvision has others
+    ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
+    ("conv_proj.", "patch_embed.proj."), ("encoder.layers.encoder_layer_", "blocks."),
+    ("ln_1", "norm1"), ("ln_2", "norm2"), ("self_attention.in_proj_", "attn.qkv."),
+    ("self_attention.out_proj", "attn.proj"), ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2"),
+    ("encoder.ln", "norm"), ("heads.head", "head"),
+]
 
 
 def difference(model, module, side):
@@ -265,6 +270,7 @@ prepare = next(part for part in latency.create_model(config, []).layers if hasat
 found["half"] = np.ravel(keras.ops.convert_to_numpy(prepare.mean)).tolist()
 print(json.dumps(found))
 """
+)
 
 
 def test_weights_of_torchvision_timm_and_deit_give_their_logits(tmp_path, backend):
@@ -569,23 +575,14 @@ def test_a_folder_with_few_pictures_and_channels_first(tmp_path):
 
 # ---- the models by hand ------------------------------------------------------------------------
 
-NATIVE = """
+NATIVE = (
+    SHAKE
+    + """
 import json
 import keras
 import numpy as np
-import torch
 import latency, vit
 from peers import imagenet_torch
-
-torch.manual_seed(0)
-
-
-def shake(module):
-    for name, value in module.state_dict().items():
-        if value.is_floating_point():
-            noise = torch.randn_like(value) * 0.1
-            value.copy_(value + (noise.abs() if "var" in name else noise))
-    return module.eval()
 
 
 def apart(ours, module, x):
@@ -669,6 +666,7 @@ x = ((pixels - np.array(mean)) / np.sqrt(variance)).astype("float32")
 found["served"] = apart(server.run(server.put(pixels)), small, x)
 print(json.dumps(found))
 """
+)
 
 
 def test_the_models_by_hand_compute_what_torchvisions_do(tmp_path, backend):
