@@ -46,11 +46,8 @@ class Muon(keras.optimizers.Muon):
                 self.update_step(gradient, variable, learning_rate)
 
     def update_matrices(self, gradients, variables, learning_rate):
-        """Move those of the variables that are matrices.
-
-        All arithmetic is on tensors: of a number beside a variable Keras would make a tensor, which
-        may not be copied to a GPU within a CUDA graph.
-        """
+        """Move those of the variables that are matrices. (PyTorch's compiled training has kernels
+        of its own for it, see engine.py.)"""
         groups = {}
         for gradient, variable in zip(gradients, variables):
             if self.is_matrix(variable):
