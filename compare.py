@@ -106,6 +106,9 @@ class CompareConfig:
     verbose: bool = False  # show the output of the runs
 
 
+MEASURES = "entries backends resume dry_run find_memory launcher results_path".split()
+
+
 # ---- What to run ---------------------------------------------------------------------------------
 
 
@@ -303,10 +306,13 @@ def measure_run(run, path, verbose, turn=None):
     started = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
     returncode, last_line, interrupted = run_child(run["command"], run["id"], verbose, turn)
     found = load(path, new=True)[0][before:]
-    for item in reversed(found):
-        if item["id"].partition("~")[0] == run["id"]:
-            return item, interrupted
+    own = [item for item in found if item["id"].partition("~")[0] == run["id"]]
+    if own and (interrupted or len({item["id"] for item in own}) >= count_rows(own)):
+        return own[-1], interrupted
     status, error = "error", last_line or "it left neither record nor message; see --verbose"
+    if own:  # of a serving run some batch sizes, and was not to know what became of it
+        started = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+        error = f"{len(own)} of {count_rows(own)} rows were measured: {error}"
     if interrupted:
         status, error = "interrupted", "stopped before it wrote a record"
     elif returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
@@ -320,14 +326,18 @@ def measure_run(run, path, verbose, turn=None):
     return append_loss(path, run["kind"], id=run["id"], **told), interrupted
 
 
+def count_rows(records):
+    """How many records a run is to leave: latency.py one for each row of its table"""
+    return max(item["config"].get("rows") or 1 for item in records)  # a loss knows of none
+
+
 def find_done(found):
-    """Ids of the runs that are complete: of latency.py's, those whose every row is ok"""
-    rows, ok = {}, collections.defaultdict(set)
-    for item in found:
-        run = item["id"].partition("~")[0]
-        rows[run] = max(item["config"].get("rows") or 1, rows.get(run, 1))  # a loss knows of none
-        ok[run] |= {item["id"]} if item["status"] == "ok" else set()
-    return {run for run in rows if len(ok[run]) >= rows[run]}
+    """Ids of the runs that are complete, as they ended last: of latency.py's every row is ok"""
+    runs = collections.defaultdict(list)
+    for item in {item["id"]: item for item in found}.values():
+        runs[item["id"].partition("~")[0]].append(item)
+    ok = {run: sum(item["status"] == "ok" for item in items) for run, items in runs.items()}
+    return {run for run, items in runs.items() if ok[run] >= count_rows(items)}
 
 
 def measure_together(runs, path, config):
@@ -344,10 +354,11 @@ def measure_together(runs, path, config):
                 time.sleep(0.05)
             for one, turn in zip(begun, turns):
                 if not turn.exists() and one.result()[0]["status"] == "ok":
-                    raise BadInput(
-                        "--start-together: expected --num-epochs 2 or more, got a run that did not "
-                        f"wait for its turn; its speed in {path} is wrong"
-                    )
+                    error = "--start-together: expected --num-epochs 2 or more, got a run that did "
+                    error += "not wait for its turn, so that its speed is wrong"
+                    told = {key: one.result()[0][key] for key in ("id", "argv", "backend")}
+                    append_loss(path, "train", status="error", error=error, **told)
+                    raise BadInput(error)
                 turn.unlink(missing_ok=True)
                 yield one.result()
         except BaseException:  # whatever it is, nobody would tell the others to go on
@@ -455,11 +466,11 @@ def find_memory(entries, config, work, path, comparison, console):
     for entry in entries:
         runs = iter(create_plan([entry], tries, work, path, comparison))
         free, least, most = train(next(runs), None), None, None
-        taken = dig(free, "memory.device_peak_bytes") or dig(free, "memory.host_peak_bytes") or 0
+        taken = dig(free, "memory.device_peak_bytes") or dig(free, "memory.host_peak_bytes")
         if free["status"] == "ok":
-            least, most = bisect_memory(functools.partial(fits, runs), taken / 1e9)
+            least, most = bisect_memory(functools.partial(fits, runs), (taken or 2e9) / 1e9)
         found.append(least)
-        figures = (least, most, taken / 1e9 or None)
+        figures = (least, most, taken and taken / 1e9)
         table.add_row(entry["label"], *(show(value) for value in figures))
     console.print(table)
     return None not in found
@@ -538,6 +549,8 @@ def run_comparison(config, work, console):
     if fixed := list_flags(work) & {"results-path", "keras-backend"}:
         raise BadInput(f"--{min(fixed)} cannot stand after --; use --results-path or --backends")
     entries = choose_entries(config)
+    if not 0 <= config.cool_down < float("inf"):
+        raise BadInput(f"expected --cool-down of 0 seconds or more, got {config.cool_down}")
     if config.start_together < 1:
         raise BadInput(f"expected --start-together of at least 1, got {config.start_together}")
     if config.start_together > 1 and (config.launcher or serves(config) or config.find_memory):
@@ -588,7 +601,7 @@ def main(argv=None):
             raise BadInput(f"expected --target-accuracy of 0 to 1, got {config.target_accuracy}")
         if not config.records:
             return run_comparison(config, work, console)
-        if work or config.entries or config.backends or config.resume or config.dry_run:
+        if work or any(getattr(config, name) for name in MEASURES):
             raise BadInput("files are reported on, not measured; leave out --entries and the like")
         report_on(config.records, config, console)
         return 0

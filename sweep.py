@@ -109,9 +109,11 @@ def read_budget(texts):
         field, _, number = text.partition("=")
         try:
             budget[field] = float(number)
-        except ValueError as error:
+        except ValueError:
+            budget[field] = math.nan
+        if math.isnan(budget[field]):
             expected = "FIELD=NUMBER, such as memory.host_peak_bytes=4e9"
-            raise BadInput(f"--budget: expected {expected}, got {text!r}") from error
+            raise BadInput(f"--budget: expected {expected}, got {text!r}")
     return budget
 
 
@@ -312,7 +314,7 @@ def create_report(study, runner):
         memory = facts.get("peak_bytes")
         cells = [runner.choose(values) if values else None, len(values), facts.get("seconds")]
         cells += [facts.get("images_per_second"), memory and memory / 2**20]
-        cells = ["–" if cell is None else f"{cell:,.4g}" for cell in cells]
+        cells = ["–" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in cells]
         rows[trial.number] = [str(trial.number), studies.name_state(trial), *cells]
 
     def place(trial):
@@ -448,6 +450,9 @@ def main(argv=None):
         fail(error)
     except studies.UNREACHABLE as error:
         fail(f"the database: {studies.explain(error)}: the same command goes on", code=1)
+    except OSError as error:  # such as a full disk
+        text = f"{error.filename or 'a file'} was not written: {error.strerror}"
+        fail(f"{text}; trials are kept, the same command goes on", code=1)
     except KeyboardInterrupt:
         return 130
 

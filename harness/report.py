@@ -109,8 +109,10 @@ def plot_curves(axes, report, over):
         for item in items:
             curve = dig(item, "quality.val_accuracy" if validated else "quality.accuracy") or []
             curve = np.array(curve, float) * 100  # null becomes nan
-            seconds = np.cumsum(dig(item, "timing.epoch_seconds") or [])
-            seconds += get_start(item, ("import", "build"))[0] or 0
+            start = get_start(item, ("import", "build"))[0]
+            if over == "s" and start is None:
+                continue
+            seconds = np.cumsum(dig(item, "timing.epoch_seconds") or []) + (start or 0)
             x = seconds if over == "s" else np.arange(1, len(curve) + 1)
             shown = min(len(x), len(curve))
             axes.plot(x[:shown], curve[:shown], label=label, alpha=0.7, **look(index))

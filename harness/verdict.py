@@ -2,25 +2,30 @@
 
 An entry has its median over repeats and (min–max). The runs of one repeat are a pair:
 against the reference stands the median of the paired ratios (of accuracy: of the paired
-differences, in points), which may differ a little from the ratio of the medians. Its interval:
+differences, in points, a pair for each seed), which may differ a little from the ratio of the
+medians. Its interval, from 3 pairs on, is between two of the pairs: the k-th from below and the
+k-th from above hold the true median between them with probability 1 - 2 P(B < k), where B counts
+heads in n throws of a coin, whatever the distribution (David and Nagaraja, Order Statistics, 3rd
+edition, section 7.1). k is the largest with which that is at least 95 %, or else 1:
 
-    below 3 pairs   none
-    3 to 7 pairs    min–max of the pairs, which holds the true median with probability 1 - 2^(1-n)
-                    whatever the distribution: 75 % for 3, 88 % for 4, 94 % for 5, 97 % for 6
-                    (David and Nagaraja, Order Statistics, 3rd edition, section 7.1)
-    from 8 pairs    percentile bootstrap, 95 %, 10,000 resamples, seeded (Efron and Tibshirani, An
-                    Introduction to the Bootstrap, chapter 13). For the median of a few it is too
-                    narrow: of 1,500 simulated normal samples it held the truth in 87 % for n = 7,
-                    in 92 to 94 % for n = 8 to 12
+    pairs       3    4    5    6    7    8    9   10   11   12
+    k           1    1    1    1    1    1    2    2    2    3
+    coverage   75   88   94   97   98   99   96   98   99   96 %
 
-"No difference shown" says that the interval holds 1 (accuracy: 0), not that there is none.
+So of 3 repeats of two equal programs one in four shows a difference. "No difference shown" says
+that the interval holds 1 (accuracy: 0), not that there is none.
 """
 
+import calendar
 import collections
+import contextlib
 import functools
+import itertools
 import json
+import math
 import re
 import shlex
+import time
 import urllib.parse
 
 import numpy as np
@@ -39,13 +44,11 @@ def compare_pairs(values, reference, how):
     """
     paired = np.divide(values, reference) if how == "ratio" else np.subtract(values, reference)
     pairs, low, high, coverage = len(paired), None, None, None
-    if pairs >= 8:
-        rng = np.random.default_rng(0)
-        resampled = paired[rng.integers(0, pairs, (10_000, pairs))]  # (resamples, pairs)
-        low, high = map(float, np.percentile(np.median(resampled, axis=1), [2.5, 97.5]))
-        coverage = 0.95
-    elif pairs >= 3:
-        low, high, coverage = float(paired.min()), float(paired.max()), 1 - 2.0 ** (1 - pairs)
+    if pairs >= 3:
+        below = itertools.accumulate(math.comb(pairs, heads) for heads in range(pairs // 2))
+        covers = [1 - 2 * count / 2**pairs for count in below]
+        cut = max(1, sum(share >= 0.95 for share in covers))
+        low, high, coverage = *map(float, np.sort(paired)[[cut - 1, -cut]]), covers[cut - 1]
     different = None if low is None else not low <= (how == "ratio") <= high
     reason = "too few repeats for an interval" if low is None else None
     result = {"estimate": float(np.median(paired)), "pairs": pairs, "low": low, "high": high}
@@ -70,11 +73,13 @@ def get_field(record, dotted, scale=1):
 
 
 def get_epoch(record):
-    """Median seconds of the epochs after the first, which holds the compilation"""
-    epochs = dig(record, "timing.epoch_seconds") or []
-    if len(epochs) < 2:
-        return None, "an epoch: the first one holds the compilation, and there is no second"
-    return float(np.median(epochs[1:])), None
+    """Seconds of an epoch at the steady speed: of those measured, a resumed run has two that hold
+    the compilation"""
+    speed, reason = get_field(record, "timing.train_images_per_second")
+    images, batch = dig(record, "quality.train_images"), dig(record, "config.batch_size")
+    if not (speed and images and batch):
+        return None, reason or "an epoch: how many pictures it has is not known"
+    return images // batch * batch / speed, None
 
 
 def get_compile(record, cache):
@@ -104,6 +109,7 @@ def get_target(record, target):
     reached = [index for index, value in enumerate(curve) if value is not None and value >= target]
     if reached and start is not None:
         return start + sum(epochs[: reached[0] + 1]), None
+    reason = reason or get_field(record, "quality.val_accuracy")[1]
     return None, reason or f"validation accuracy did not reach {target:.1%}"
 
 
@@ -190,7 +196,8 @@ def group_records(found):
     """
     latest = {}  # a run that was tried again counts as it ended, where it began
     for item in found:
-        latest[item["id"]] = item | {"started": latest.get(item["id"], item)["started"]}
+        first = latest.get(item["id"], item)["started"]
+        latest[item["id"]] = item | {"started": first, "ran": item["started"]}
     kind = find_kind(found)
     found = [item for item in latest.values() if item["kind"] == kind]
     if not found:
@@ -199,9 +206,7 @@ def group_records(found):
     if len(datasets) > 1:
         names = " and ".join(datasets)
         raise BadInput(f"expected one dataset, got {names}; report on one at a time")
-    # A run that died early has its siblings' configuration. A comparison ran on one machine,
-    # though a container may have a name of its own each time.
-    rows, known = [], {}
+    rows = []
     for item in sorted(found, key=lambda item: item["started"]):
         name = parse_id(item["id"]) or ("", 0, item["backend"] or "unknown")
         if name[0] and item["config"].get("runtime", "compiled") != "compiled":
@@ -212,11 +217,17 @@ def group_records(found):
         work = tuple(sorted((key, json.dumps(value)) for key, value in config.items()))
         node = str(dig(item, "device.node_name") or dig(item, "config.node_name") or "")
         rows.append((item, name, work, node))
-        for key, value in (((name[0], name[2]), work), (name[0], node)):
+    # A run that died may know less of its configuration than its siblings. A comparison ran on one
+    # machine, though a container may have a name of its own each time.
+    known = {}
+    lost_last = sorted(rows, key=lambda row: row[0]["status"] != "ok")
+    for _, (comparison, _, label), work, node in lost_last:
+        for key, value in (((comparison, label), work), (comparison, node)):
             known[key] = known.get(key) or value
     groups = {}
     for item, (comparison, repeat, label), work, node in rows:
-        work = work or known[comparison, label]
+        is_told = work and (item["status"] == "ok" or not comparison)
+        work = work if is_told else known[comparison, label]
         node = known[comparison] if comparison or not node else node
         runs = groups.setdefault((label, node, work), {})
         if kind == "latency":
@@ -270,17 +281,20 @@ def match_pairs(entry, reference):
 # ---- Fairness ------------------------------------------------------------------------------------
 
 SAME = "precision config.batch_size config.num_epochs model.parameters model.flops_per_image "
-SAME += "config.seed quality.data_fingerprint versions.keras git.commit timing.compile_cache "
-SAME += "device.kind device.name device.power_mode"
+OPTIONAL = "git.commit timing.compile_cache device.usable_cores device.power_mode "
+OPTIONAL += "versions.keras versions.jax versions.jaxlib versions.torch versions.tensorflow "
+OPTIONAL += "versions.driver device.power_cap_watts"
+SAME += "config.seed quality.data_fingerprint device.kind device.name " + OPTIONAL
 SERVED = {"precision", "versions", "git", "device"}  # groups that serving has, too
-OPTIONAL = {"versions.keras", "git.commit", "timing.compile_cache", "device.power_mode"}
 DERIVED = {"model.parameters", "model.flops_per_image", "quality.data_fingerprint"}
-HARMLESS = {"precision", "trainer", "jit-compile"}  # flags that leave the derived fields alone
+HARMLESS = set("precision trainer jit-compile micro-batch-size fit-memory memory-limit".split())
+HARMLESS |= {"loader", "loader-workers", "loader-prefetch"}  # flags that leave those alone
+APART = 900  # seconds between the runs of a pair that a cool-down or a container may take
 
 
 def check_fairness(entries, reference, is_served):
     """(warnings, what differs by an entry's own flags, names of the fields that are unequal)"""
-    warnings, deliberate, unequal = [], [], []
+    warnings, deliberate, unequal, apart = [], [], [], find_apart(entries)
     fields = SAME.split()
     if is_served:
         fields = [dotted for dotted in fields if dotted.partition(".")[0] in SERVED]
@@ -291,7 +305,7 @@ def check_fairness(entries, reference, is_served):
     config = {key for entry in entries for item in entry["ok"].values() for key in item["config"]}
     config -= {"precision", *NOT_SERVED} if is_served else {"precision"}
     config = {f"config.{key}" for key in config if not NOT_WORK.match(key)}
-    optional = OPTIONAL | config - set(fields)
+    optional = {*OPTIONAL.split()} | config - set(fields)
     common = set.intersection(*(set(entry["ok"]) for entry in entries)) if entries else ()
     for dotted in [*fields, *sorted(config - set(fields))]:
         holders = collections.defaultdict(list)  # value -> entries
@@ -313,14 +327,15 @@ def check_fairness(entries, reference, is_served):
         values = {value: ", ".join(e["label"] for e in held) for value, held in holders.items()}
         text = "; ".join(f"{value} ({names})" for value, names in values.items())
         field = dotted.split(".")[-1]
-        plain = []  # the values of entries without a flag that could have set the field
-        for value, held in holders.items():
-            flags = [list_flags(entry["flags"]) for entry in held]
-            derived = dotted in DERIVED
-            set_by = [f - HARMLESS if derived else f & {field.replace("_", "-")} for f in flags]
-            plain += [] if all(set_by) else [value]
-        if len(plain) > 1:
+        own = {field.replace("_", "-")}
+        is_own = (lambda name: name not in HARMLESS) if dotted in DERIVED else own.__contains__
+        alike = [  # the flags with which each value came about; none is an entry as it is
+            {frozenset(w for w in pair_flags(e["flags"]) if is_own(w[0])) for e in held}
+            for held in holders.values()
+        ]
+        if len(set.union(*alike)) < sum(map(len, alike)):
             warnings.append(f"{dotted} differs: {text}")
+            field = f"versions of {field}" if dotted.startswith("versions.") else field
             unequal += [] if field == "compile_cache" else [field]  # it touches the start alone
         else:
             deliberate.append(f"{dotted} differs by an entry's own flags: {text}")
@@ -328,7 +343,42 @@ def check_fairness(entries, reference, is_served):
         pairs, interleaved = match_pairs(entry, reference)
         if pairs and not interleaved and entry is not reference:
             warnings.append(f"{entry['label']} did not run interleaved with {reference['label']}")
-    return warnings, deliberate, unequal
+    return [*warnings, *apart], deliberate, unequal
+
+
+def pair_flags(words):
+    """{(name, value), ...} of flags such as --seed=3, --seed 3 and --no-flip"""
+    pairs = []
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            (name,) = list_flags([name])
+            pairs.append((name, "False" if word.startswith("--no-") else value))
+        else:
+            pairs[-1] = (pairs[-1][0], word)
+    return set(pairs)
+
+
+def find_apart(entries):
+    """Warnings of repeats of a comparison whose runs did not follow one another, as after a
+    --resume: between two of them something else took longer than APART"""
+    repeats = collections.defaultdict(list)
+    for entry in entries:
+        for (comparison, repeat), run in entry["runs"].items():
+            with contextlib.suppress(ValueError):  # a time by another program
+                begun = calendar.timegm(time.strptime(run["ran"], "%Y-%m-%dT%H:%M:%SZ"))
+                name = f"{entry['label']} {repeat}"
+                took = [dig(part, "timing.total_seconds") for part in list_parts(run).values()]
+                took = math.inf if None in took else sum(took)
+                repeats[comparison, repeat].append((begun, name, took))
+    warnings = []
+    for (comparison, _), runs in repeats.items():
+        for (begun, name, took), (later, other, _) in itertools.pairwise(sorted(runs)):
+            apart = later - begun - took
+            if comparison and apart > APART:
+                told = f"{other} began {apart / 60:,.0f} minutes after {name} had ended"
+                warnings.append(f"{told}: their ratio is not that of runs in turn")
+    return warnings
 
 
 def collect_notes(entries):
@@ -340,14 +390,17 @@ def collect_notes(entries):
         for run in entry["runs"].values()
         for part in list_parts(run).values()
     ]
-    texts = collections.defaultdict(list)
-    for item in items:
-        for note in dict.fromkeys(item["notes"]):
+    texts = collections.defaultdict(dict)  # a note without its numbers -> {item's number: note}
+    for number, item in enumerate(items):
+        for note in item["notes"]:
             field, colon, _ = note.partition(":")
             is_field = colon and field.partition(".")[0] in KEYS
             if not (is_field and has_null(dig(item, field))):
-                texts[re.sub(r"[\d.]+", "", note)].append(note)
-    return [f"{notes[0]} ({len(notes)} of {len(items)} runs)" for notes in texts.values()]
+                texts[re.sub(r"[\d.]+", "", note)].setdefault(number, note)
+    return [
+        f"{next(iter(notes.values()))} ({len(notes)} of {len(items)} runs)"
+        for notes in texts.values()
+    ]
 
 
 def has_null(value):
@@ -369,7 +422,8 @@ def show(value, scale=1):
 def show_ratio(value):
     if value < 0.1:
         return f"{value:#.2g}"
-    return f"{value:.3f}" if 0.95 < value < 1.05 else f"{value:.2f}"
+    digits = 4 if 0 < abs(value - 1) < 0.001 else 3 if 0.95 < value < 1.05 else 2
+    return f"{value:.{digits}f}"
 
 
 def show_interval(versus, how):
@@ -377,12 +431,21 @@ def show_interval(versus, how):
         return ""
     if how == "ratio":
         return f"{show_ratio(versus['low'])}–{show_ratio(versus['high'])}"
-    return f"{versus['low']:+.1f} to {versus['high']:+.1f}"
+    return f"{show_points(versus['low'])} to {show_points(versus['high'])}"
+
+
+def show_points(value):
+    return f"{value:+.2f}" if 0 < abs(value) < 0.1 else f"{value:+.1f}"
+
+
+def show_coverage(versus, how):
+    """An interval, and how often such a one holds the truth"""
+    return f"{versus['coverage']:.0%} interval {show_interval(versus, how)}"
 
 
 def show_versus(versus, how):
     estimate = versus["estimate"]
-    text = f"{show_ratio(estimate)} times" if how == "ratio" else f"{estimate:+.1f} points"
+    text = f"{show_ratio(estimate)} times" if how == "ratio" else f"{show_points(estimate)} points"
     text += f" ({show_interval(versus, how)})" if versus["low"] is not None else ""
     verdict = "no difference shown" if versus["different"] is False else "no interval"
     return text if versus["different"] else f"{text}, {verdict}"
@@ -400,15 +463,19 @@ def compare_entries(entry, reference, key, target=None):
     values = [[get_metric(item, key, target)[0] for item in pair] for pair in pairs]
     if key == "target_seconds" and any(None in pair for pair in values):
         return None  # those that came to the target are its faster runs
-    values = np.array([pair for pair in values if None not in pair], float).reshape(-1, 2)
+    known = [(n, pair) for n, pair in enumerate(values) if None not in pair]
+    values = np.array([pair for _, pair in known], float).reshape(-1, 2)
     how = find_metric(key)[1]
     if not len(values) or (how == "ratio" and (values[:, 1] <= 0).any()):
         return None
-    result = compare_pairs(values[:, 0], values[:, 1], how)
-    if how == "difference" and len({dig(item, "config.seed") for item, _ in pairs}) < 3:
-        unknown = dict.fromkeys(("low", "high", "coverage", "different"))
-        result |= {**unknown, "reason": "too few seeds for an interval"}
-    return result
+    if how == "ratio":
+        return compare_pairs(values[:, 0], values[:, 1], how)
+    # Runs of one seed repeat one draw of weights and order: together they are a pair.
+    seeds = collections.defaultdict(list)
+    for (number, _), (value, other) in zip(known, values):
+        seeds[dig(pairs[number][0], "config.seed")].append(value - other)
+    result = compare_pairs([np.median(of_seed) for of_seed in seeds.values()], 0.0, how)
+    return result | ({"reason": "too few seeds for an interval"} if result["reason"] else {})
 
 
 def create_cell(entry, reference, key, target, footnotes):
@@ -526,13 +593,18 @@ def choose_fastest(report, key):
     return fast, slow, speed
 
 
-def describe_inequality(report, pairs):
-    """What makes comparisons of pairs of entries unfair, as the end of a sentence"""
-    unequal = []
+def describe_limits(report, pairs):
+    """What speaks against comparisons of pairs of entries, as the end of a sentence: runs that
+    failed, and what makes them unfair"""
+    text, unequal = "", []
+    for entry in {entry["label"]: entry for pair in pairs for entry in pair}.values():
+        runs = len(entry["runs"])
+        if failed := runs - len(entry["ok"]):
+            text += f"; but {entry['label']} failed in {failed} of {runs} runs"
     for fast, slow in pairs:
         unequal += check_fairness([fast, slow], slow, report["is_served"])[2]
     unequal += ["what they compute"] if report["is_broken"] else []
-    return f"; but unequal: {', '.join(dict.fromkeys(unequal))}" if unequal else ""
+    return text + (f"; but unequal: {', '.join(dict.fromkeys(unequal))}" if unequal else "")
 
 
 def write_serving_sentence(report):
@@ -546,13 +618,13 @@ def write_serving_sentence(report):
         fast, slow, speed = found
         text = f"{fast['label']} serves {show_ratio(speed['estimate'])} times as many images/s as "
         text += f"{slow['label']}"
-        text += f" ({show_interval(speed, 'ratio')})" if speed["low"] is not None else ""
+        text += f" ({show_coverage(speed, 'ratio')})" if speed["low"] is not None else ""
         text += "" if speed["different"] else f", {speed['reason'] or 'no difference shown'}"
         sentences.append(f"batch {size}: {text}")
         pairs.append((fast, slow))
     if not sentences:
         return "nothing to compare: expected two entries with a common batch size"
-    return "; ".join(sentences) + describe_inequality(report, pairs)
+    return "; ".join(sentences) + describe_limits(report, pairs)
 
 
 def describe_parity(found, entries):
@@ -583,9 +655,11 @@ def describe_break_even(report):
         if index == other or None in medians:
             answers.append((None, "the reference" if index == other else "not known"))
             continue
-        versus = cells["epoch_seconds"][index]["versus"]
-        if versus and versus["different"] is False:
-            answers.append((None, "not known: no difference in an epoch shown"))
+        versus = [cells[key][index]["versus"] for key in ("epoch_seconds", "start_seconds")]
+        unlike = [bool(v and v["different"]) for v in versus]
+        if not all(unlike):
+            where = "the start" if unlike[0] else "an epoch"
+            answers.append((None, f"not known: no difference in {where} shown"))
             continue
         epochs = find_break_even(*medians)
         lead = medians[2] + medians[3] - medians[0] - medians[1]
@@ -611,7 +685,7 @@ def write_sentence(report):
         return f"nothing to compare: no repeat of {names} has succeeded for both"
     repeats = "interleaved " if match_pairs(fast, slow)[1] else ""
     repeats = f"{speed['pairs']} {repeats}repeat{'s' if speed['pairs'] > 1 else ''}"
-    interval = show_interval(speed, "ratio") or speed["reason"]
+    interval = speed["reason"] or show_coverage(speed, "ratio")
     if speed["different"] is False:
         text = f"no difference in training speed shown between {names} ({interval}, {repeats})"
     else:
@@ -623,8 +697,8 @@ def write_sentence(report):
             text += " (no difference shown)" if memory["different"] is False else ""
             break
     if accuracy := compare_entries(fast, slow, "test_accuracy_percent"):
-        points = f"{accuracy['estimate']:+.1f} points ({show_interval(accuracy, 'difference')})"
-        verdict = points if accuracy["different"] else accuracy["reason"] or "no difference shown"
-        text += f"; accuracy: {fast['label']} " if accuracy["different"] else "; accuracy: "
-        text += verdict
-    return text + describe_inequality(report, [(fast, slow)])
+        if accuracy["different"]:
+            text += f"; accuracy: {fast['label']} {show_versus(accuracy, 'difference')}"
+        else:
+            text += f"; accuracy: {accuracy['reason'] or 'no difference shown'}"
+    return text + describe_limits(report, [(fast, slow)])

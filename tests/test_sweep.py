@@ -222,6 +222,7 @@ HYPERBAND = {"type": "hyperband", "min_iter": 1}
         ({}, ["--backend=flax"], "--backend: expected jax, torch, tensorflow, got 'flax'"),
         ({}, ["--backend=tensorflow"], "tensorflow is not installed: pip install '.[tensorflow]'"),
         ({}, ["--budget", "memory"], "--budget: expected FIELD=NUMBER"),
+        ({}, ["--budget", "memory=nan"], "--budget: expected FIELD=NUMBER"),
         ({}, ["--config=none.json"], "--config: expected a sweep file in JSON, got none.json"),
         ({}, ["--storage=nosuch://x"], "expected postgresql://user@host/database"),
         ({}, ["--storage=postgresql://me@127.0.0.1:1/x"], "expected a database, got: connection"),
