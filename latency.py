@@ -33,7 +33,6 @@ import importlib
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -49,7 +48,7 @@ from typing import Literal, NamedTuple
 
 from harness import ending, environment, record
 from harness.cli import BUILT_IN, ConfigError, check_writable, parse_split, refuse
-from harness.export import EXPORTS, count_bytes, export_model
+from harness.export import EXPORTS, ExportError, count_bytes, export_model
 
 BACKENDS = ("jax", "torch", "tensorflow")
 NATIVE = ("vit-b16", "resnet50")  # models that peers/ holds by hand
@@ -158,8 +157,8 @@ class LatencyConfig:
                 "--slo-ms: expected milliseconds above 0, and --load uniform or poisson",
             ),
             (
-                is_loaded and self.rate * self.seconds < 1,
-                "--rate, --seconds: expected at least one request",
+                is_loaded and self.rate * self.seconds < 2,
+                "--rate, --seconds: expected at least two requests",
             ),
             (
                 not 0 <= self.seed < 2**31,
@@ -285,45 +284,30 @@ def describe_load(report):
 # Each row in a process of its own
 
 
-def measure_each(config):
+def measure_each(config, model_flags):
     """A child for each row: this command with VIT_LATENCY_ROW. Returns the exit code of the first
     that failed, else 0."""
-    table, codes, stopped, child = Table(), [], False, None
-
-    def forward(number, frame):
-        nonlocal stopped
-        stopped = True
-        if child is not None:
-            child.send_signal(number)  # which writes its record first
-
-    signal.signal(signal.SIGINT, forward)
+    table, codes, supervisor = Table(), [], ending.Supervisor(signal.SIGINT)
     run = os.environ.get("VIT_RECORD_ID") or uuid.uuid4().hex  # a comparison names its runs
     for row, (size, runtime) in enumerate(config.list_rows()):
         name = f"{run}~{size}" + (f"~{runtime}" if config.export else "")
-        child = subprocess.Popen(
-            [sys.executable, *sys.orig_argv[1:]],
-            env={**os.environ, "VIT_RECORD_ID": name, "VIT_LATENCY_ROW": str(row)},
-            stdin=subprocess.DEVNULL,
-            preexec_fn=ending.end_with_parent,
-            start_new_session=True,  # the terminal's Ctrl-C comes once, by `forward`
-        )
-        if stopped:  # before it was there
-            child.send_signal(signal.SIGINT)
-        codes.append(child.wait())
+        command = [sys.executable, *sys.orig_argv[1:]]
+        codes.append(supervisor.run(command, VIT_RECORD_ID=name, VIT_LATENCY_ROW=str(row)))
         if codes[-1] == 2:  # refused, as the others would be
             return 2
         report = find_record(config.results_path, name)
-        if report is None and stopped:  # before it had begun
+        if report is None and supervisor.stopped:  # before it had begun
             break
-        if report is None:
-            report = note_loss(describe_row(config, row), config.results_path, name, codes[-1])
-        if config.verbose:
+        if report is None and codes[-1] != ending.NOT_WRITTEN:  # which shows its own figures
+            choices = describe_row(config, row, model_flags)
+            report = note_loss(choices, config.results_path, name, codes[-1])
+        if report and config.verbose:
             table.add(report)
-        if stopped or codes[-1] in (130, 143):
+        if supervisor.stopped or codes[-1] in (130, 143):
             break
     if config.verbose:
         table.end(config.results_path)
-    return 130 if stopped else next(filter(None, codes), 0)
+    return 130 if supervisor.stopped else next(filter(None, codes), 0)
 
 
 def find_record(path, name):
@@ -334,17 +318,17 @@ def find_record(path, name):
     return next((item for item in reversed(found) if item["id"] == name), None)
 
 
-def describe_row(config, row):
+def describe_row(config, row, model_flags):
     """A record's `config`: all choices, and which of `rows` it is."""
     size, runtime = config.list_rows()[row]
     own = {"batch_size": size, "runtime": runtime, "rows": len(config.list_rows())}
-    return dataclasses.asdict(config) | own
+    return dataclasses.asdict(config) | own | {"flags": model_flags}
 
 
 def note_loss(choices, path, name, code):
     """The record of a child that could not write one; also in the file."""
     killed = code == -9
-    return record.append_loss(
+    return record.note_loss(
         path,
         "latency",
         id=name,
@@ -362,7 +346,7 @@ if __name__ == "__main__":
     if CONFIG.export_path:
         check_writable(export_path=CONFIG.export_path / "file")
     if len(CONFIG.list_rows()) > 1 and ROW is None and not CONFIG.list_models:
-        ending.end_with(partial(measure_each, CONFIG))
+        ending.end_with(partial(measure_each, CONFIG, MODEL_FLAGS))
     ending.end_at_once()
     environment.keep_memory()
     if CONFIG.keras_backend == "torch" and not environment.has_cuda():
@@ -536,6 +520,9 @@ def start(model, runtime, size, folder, calibration, report):
     """
     if runtime in EXPORTS:
         serve, files, package, on_gpu = export_model(runtime, model, size, folder, calibration)
+        if on_gpu and not engine.on_gpu():
+            told = f"{package} computes on the GPU, {engine.BACKEND} does not"
+            raise ExportError(f"{told}: expected both to")
         report["versions"][package] = telemetry.read_version(package)
         if not on_gpu:
             report["device"] |= {"kind": "cpu", "name": report["device"]["cpu_name"]}
@@ -698,7 +685,7 @@ def note_energy(report, energy, images):
 
 def draw_arrivals(config, rate):
     """When requests come, seconds from the start: (rate * seconds,)"""
-    count = max(1, round(rate * config.seconds))
+    count = max(2, round(rate * config.seconds))
     if config.load == "uniform":
         return np.arange(count) / rate
     return np.cumsum(np.random.default_rng(config.seed).exponential(1 / rate, count))
@@ -770,7 +757,7 @@ def main(config, model_flags, row):
     subject = "native" if config.native else runtime
     report = vit.begin_record(
         "latency",
-        {**describe_row(config, row), "flags": model_flags},
+        describe_row(config, row, model_flags),
         machine,
         precision,
         subject=None if subject == "compiled" else f"{subject}-{engine.BACKEND}",
@@ -786,7 +773,8 @@ def main(config, model_flags, row):
         remedy=f"lower --batch-sizes {size}",
         runtime=runtime if runtime in EXPORTS else None,
     )
-    if config.verbose and ROW is None:
+    # Of several rows all are one table, but for this one if nobody can read its record.
+    if config.verbose and (ROW is None or exit_code == ending.NOT_WRITTEN):
         table = Table()
         table.add(report)
         table.end(config.results_path)

@@ -39,9 +39,9 @@ from harness import ending, environment, fitting, tracking
 from harness.cli import (
     BUILT_IN,
     ConfigError,
+    accept_cpu,
     check_clashes,
     check_config,
-    check_ranges,
     check_writable,
     choose_micro_batch,
     fail,
@@ -49,6 +49,7 @@ from harness.cli import (
     list_flags,
     name_flag,
     parse,
+    settle_widths,
 )
 
 PROCESS_STARTED = environment.find_start()
@@ -223,25 +224,15 @@ class ViTConfig:
 
     def __post_init__(self):
         self.keras_backend = self.keras_backend or os.environ.get("KERAS_BACKEND") or "jax"
-        check_ranges(self)
-        self.head_dim = self.head_dim or self.projection_dim
+        settle_widths(self)
         if self.loader_workers is None:
-            self.loader_workers = min(max((os.cpu_count() or 1) - 1, 1), 8)
+            self.loader_workers = min(max(int(environment.count_cores()) - 1, 1), 8)
         is_folder = self.dataset not in BUILT_IN
         if is_folder:
             self.num_classes = self.num_classes or count_classes(self.dataset)
         self.num_classes = self.num_classes or 100
         size = self.image_size if is_folder else 32
         self.input_shape = tuple(self.input_shape or (size, size, 3))
-        if self.mlp_ratio is not None:
-            if self.transformer_units is not None:
-                raise ConfigError("--mlp-ratio: expected none beside --transformer-units")
-            hidden = max(1, round(self.mlp_ratio * self.projection_dim))
-            self.transformer_units = (hidden, self.projection_dim)
-        self.transformer_units = self.transformer_units or (
-            2 * self.projection_dim,
-            self.projection_dim,
-        )
         check_config(self)
         check_clashes(self)
 
@@ -291,16 +282,6 @@ def _set_backend_from_env_or_cli(argv):
     environment.set_variables()
 
 
-def _accept_cpu(is_allowed):
-    """There is no GPU: end the process with exit code 2 in an image that is made for one, unless
-    the user said to go on."""
-    if os.environ.get("VIT_EXPECT_GPU") == "1":
-        if not is_allowed and os.environ.get("JAX_PLATFORMS") != "cpu":
-            remedy = "docker run --gpus all (on a Jetson --runtime nvidia), or --allow-cpu"
-            fail(f"expected a GPU, for which this image is made, got none: {remedy}")
-        os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX looks for it and prints a traceback
-
-
 if __name__ == "__main__":  # --help and bad values end here, before the slow imports
     environment.read_dotenv()
     if os.environ.get("VIT_EPOCHS"):  # a sweep's trial
@@ -321,13 +302,13 @@ if __name__ == "__main__":  # --help and bad values end here, before the slow im
         CHOICES = dataclasses.asdict(CONFIG)
         sys.exit(fitting.run_smaller(COMMAND, SIZES, CONFIG.results_path, IS_CAPPED, CHOICES))
     if not environment.has_cuda():
-        _accept_cpu(CONFIG.allow_cpu)
+        accept_cpu(CONFIG.allow_cpu)
         if CONFIG.keras_backend == "torch":
             environment.precompile_header()
 else:  # imported, by another command with its own flags or by a test
     _set_backend_from_env_or_cli(sys.argv[1:])
     if not environment.has_cuda():
-        _accept_cpu("allow-cpu" in list_flags(sys.argv[1:]))
+        accept_cpu("allow-cpu" in list_flags(sys.argv[1:]))
 
 _import_started = time.perf_counter()
 # For parts of Keras that are not used here: up to a fifth of each start, and tens of megabytes.
@@ -947,7 +928,7 @@ def settle_device(config, compiles=True):
         advice = ", or --trainer fit" if hasattr(config, "trainer") else ""
         fail(f"PyTorch compiles with {compiler}, which is not here: install it{advice}")
     if not engine.on_gpu():
-        _accept_cpu(config.allow_cpu)
+        accept_cpu(config.allow_cpu)
     MultiHeadAttention.trains_fused = engine.on_gpu()
     try:
         return engine.set_precision(config.precision)

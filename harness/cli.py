@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import sys
 
@@ -202,6 +203,18 @@ def check_ranges(config):
             raise ConfigError(f"{name_flag(field.name)}: expected {expected}, got {value}")
 
 
+def settle_widths(config):
+    """Check each field by itself, and fill in those that others stand for. Raises ConfigError."""
+    check_ranges(config)
+    dim = config.projection_dim
+    config.head_dim = config.head_dim or dim
+    if config.mlp_ratio is not None:
+        if config.transformer_units is not None:
+            raise ConfigError("--mlp-ratio: expected none beside --transformer-units")
+        config.transformer_units = (max(1, round(config.mlp_ratio * dim)), dim)
+    config.transformer_units = config.transformer_units or (2 * dim, dim)
+
+
 def check_config(config):
     """Raise ConfigError where a configuration of a model and its training is impossible."""
     check_ranges(config)
@@ -326,6 +339,16 @@ def choose_micro_batch(config, is_on_gpu):
     sizes = [n for n in range(16, limit + 1, 2) if config.batch_size % n == 0]
     largest = config.batch_size if is_on_gpu else max(sizes, default=config.batch_size)
     config.micro_batch_size = config.micro_batch_size or largest
+
+
+def accept_cpu(is_allowed):
+    """There is no GPU: end the process with exit code 2 in an image that is made for one, unless
+    the user said to go on."""
+    if os.environ.get("VIT_EXPECT_GPU") == "1":
+        if not is_allowed and os.environ.get("JAX_PLATFORMS") != "cpu":
+            remedy = "docker run --gpus all (on a Jetson --runtime nvidia), or --allow-cpu"
+            fail(f"expected a GPU, for which this image is made, got none: {remedy}")
+        os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX looks for it and prints a traceback
 
 
 def check_writable(**paths):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.download import alone, fetch
+from harness.environment import count_cores
 
 LABELS = {"cifar100": "CIFAR-100", "synthetic": "synthetic shapes (not CIFAR-100)"}
 
@@ -125,6 +126,8 @@ def load_dataset(
         validation = take(held_out, order(held_out, VALIDATION_SUBSET))
     if kept == 0:
         raise DataError(f"validation_split: {validation_split} of {len(chosen)} leaves no training")
+    if not len(test_order):
+        raise DataError(f"num_classes: of the first {num_classes} there are no pictures to test on")
     splits, unreadable = [take(train, chosen[:kept]), validation, take(test, test_order)], 0
     digest = hashlib.sha256()
     if name in LABELS:
@@ -169,13 +172,15 @@ def epoch_order(n, seed, epoch):
 
 
 def measure_pixels(images):
-    """(mean, variance) of uint8 images (n, height, width, channels): float64 (channels,) each."""
+    """(mean, variance) of uint8 images (n, height, width, channels): float64 (channels,) each; of
+    a channel that is the same everywhere the variance is 1, by which it can be divided."""
     counts = getattr(images, "counts", None)  # which pictures in files have brought along
     if counts is None:
         counts = count_values(images)
     values, n = np.arange(256), counts[0].sum()
     mean = counts @ values / n
-    return mean, counts @ values**2 / n - mean**2
+    variance = counts @ values**2 / n - mean**2
+    return mean, np.where(np.count_nonzero(counts, axis=1) > 1, variance, 1.0)
 
 
 def count_values(images):
@@ -269,8 +274,11 @@ def decode_picture(path, size):
                 raise ValueError(f"mode {picture.mode} has no known range, expected 8 or 16 bits")
             picture = picture.convert("RGB")
             return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+    except MemoryError:  # which says nothing of the picture
+        raise
     except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # the kernel's, without the path
+        reason = " ".join(said.split()) or type(error).__name__
         raise DataError(f"cannot read {os.fsdecode(path)} as a picture: {reason}") from error
 
 
@@ -290,6 +298,13 @@ def list_classes(folder):
     return classes
 
 
+def list_entries(path):
+    try:
+        return list(os.scandir(path))
+    except OSError as error:
+        raise DataError(f"dataset: cannot list {path}: {error.strerror}") from error
+
+
 def list_folder(folder, size):
     """The pictures in FOLDER/train/CLASS/, FOLDER/val/CLASS/ and FOLDER/test/CLASS/, each with its
     class's number. Where one of val and test is missing, the other is what is tested on.
@@ -299,7 +314,7 @@ def list_folder(folder, size):
 
     Raises:
         DataError: neither val nor test is there, one has a class that train has not, or one is
-            empty, or a class of train's.
+            empty, or a class of train's, or cannot be listed.
     """
     classes, splits = list_classes(folder), {}
     for split in ("train", "val", "test"):
@@ -307,13 +322,13 @@ def list_folder(folder, size):
         if not os.path.isdir(root):
             continue
         paths, labels = [], []
-        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        for entry in sorted(list_entries(root), key=lambda entry: entry.name):
             if not entry.is_dir() or entry.name.startswith("."):
                 continue
             if entry.name not in classes:
                 raise DataError(f"dataset: {root} has a class that train/ has not: {entry.name}")
-            found = [file for file in os.scandir(entry.path) if not file.name.startswith(".")]
-            files = sorted(os.fsencode(file.path) for file in found if file.is_file())
+            found = [file for file in list_entries(entry.path) if not file.name.startswith(".")]
+            files = sorted(os.fsencode(file.path) for file in found)
             if split == "train" and not files:
                 raise DataError(f"dataset: expected pictures in {entry.path}, found none")
             for file in found:
@@ -359,7 +374,8 @@ def read_pictures(splits, in_memory, max_unreadable):
             return None, None, str(error)
 
     found, decoded, done, problems = [], [], 0, 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter lock
+    threads = math.ceil(count_cores())  # Pillow decodes without the interpreter lock
+    with ThreadPoolExecutor(threads) as pool:
         for images, labels in splits:
             array = allocate(images.shape if in_memory else (0,))
             counts, readable = np.zeros((3, 256), np.int64), []

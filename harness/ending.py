@@ -7,8 +7,10 @@ it means: its class has `ending`, a status and an exit code.
 import concurrent.futures
 import contextlib
 import ctypes
+import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -42,9 +44,65 @@ def end_at_once():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class Supervisor:
+    """Runs children one after the other, and hands signals on to the one that runs: it writes its
+    record first. `stopped` is the signal that came, or None."""
+
+    def __init__(self, *numbers):
+        self.child = self.stopped = None
+        for number in numbers:
+            signal.signal(number, self.forward)
+
+    def forward(self, number, frame):
+        self.stopped = number
+        if self.child is not None:
+            self.child.send_signal(number)
+
+    def run(self, command, **variables):
+        """The exit code of a command, with more variables of the environment."""
+        self.child = subprocess.Popen(
+            command,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
+            start_new_session=True,  # the terminal's Ctrl-C comes once, by `forward`
+        )
+        if self.stopped:  # before it was there
+            self.child.send_signal(self.stopped)
+        return self.child.wait()
+
+
+class _Output(io.FileIO):
+    """What cannot be written, as to a file on a full disk, is dropped; that nobody reads any more
+    is an error as ever."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(data)
+
+
+def outlive_full_disk():
+    """Let no line that this process prints end it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        binary = getattr(stream, "buffer", None)
+        raw = getattr(binary, "raw", binary)  # with PYTHONUNBUFFERED there is no buffer between
+        if isinstance(raw, io.FileIO):
+            output = _Output(stream.fileno(), "w", closefd=False)
+            names = ("encoding", "errors", "line_buffering", "write_through")
+            options = {option: getattr(stream, option) for option in names}
+            output = output if raw is binary else io.BufferedWriter(output)
+            setattr(sys, name, io.TextIOWrapper(output, **options))
+
+
 def end_with(call):
     """End this process with the exit code that `call` returns; Ctrl-C, and that nobody reads the
     output any more, have their own."""
+    outlive_full_disk()
     try:
         code = call()
         sys.stdout.flush()

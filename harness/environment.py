@@ -68,6 +68,17 @@ def processor():
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
+def count_cores(root="/"):
+    """Processors that this process may use: all, those that it is bound to, as by taskset, or the
+    share of their time that its container has, as by docker run --cpus 1.5."""
+    bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    cores = len(bound) or os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max" for all
+        quota, period = Path(root, "sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    return cores
+
+
 def set_variables():
     """Set what JAX, PyTorch and TensorFlow read, where the user has not."""
     # Compiled code outlives the process, so that a second start need not compile again.
@@ -86,6 +97,8 @@ def set_variables():
     if not is_shared and "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # both names are an error
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    # Of several GPUs CUDA would take the fastest; NVML, which tells power and clocks, counts slots.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from harness.environment import count_cores
 
 
 class Served(NamedTuple):
@@ -129,19 +132,20 @@ def export_onnx_int8(model, shape, folder, pictures):
             ready,
             path,
             Batches(),
-            reduce_range=not has_vnni(),
+            reduce_range=saturates(),
             op_types_to_quantize=["MatMul", "Gemm", "Conv"],
         )
     return start_onnx([path], ())
 
 
-def has_vnni():
-    """Whether this processor adds up products of 8 bits in 32: others saturate in 16, and need
-    weights of 7 bits (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html)."""
+def saturates():
+    """Whether this processor adds up products of 8 bits in 16, so that weights should have 7 bits:
+    an x86 without VNNI
+    (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html)."""
     try:
-        return "vnni" in Path("/proc/cpuinfo").read_text()
+        return platform.machine() == "x86_64" and "vnni" not in Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return True
 
 
 def export_openvino(model, shape, folder, pictures):
@@ -181,7 +185,7 @@ def export_litert(model, shape, folder, pictures):
     from ai_edge_litert.interpreter import Interpreter
 
     path = write(model, shape, "litert", folder / "model.tflite")
-    interpreter = Interpreter(str(path), num_threads=os.cpu_count())
+    interpreter = Interpreter(str(path), num_threads=max(1, int(count_cores())))
     interpreter.allocate_tensors()
     given, got = (
         interpreter.get_input_details()[0]["index"],

@@ -6,7 +6,6 @@ may kill one without a word.
 
 import os
 import signal
-import subprocess
 import sys
 
 from harness import ending, record
@@ -15,15 +14,12 @@ TRIED = "VIT_DID_NOT_FIT"  # names the sizes for the record of the run that foll
 
 
 def limit_memory(gigabytes, gpu_bytes):
-    """Cap the memory of this process, before it asks a framework for a device: on a GPU of
-    `gpu_bytes` by what JAX reads then (engine.limit_memory tells PyTorch). Without one nothing
-    happens yet.
+    """Cap the memory of this process, before it asks a framework for a device, on a GPU of
+    `gpu_bytes` by what JAX reads then (engine.limit_memory tells PyTorch).
 
     Raises:
         ValueError: the GPU has less than that.
     """
-    if not gpu_bytes:
-        return
     share = gigabytes * 1e9 / gpu_bytes
     if share > 1:
         raise ValueError(
@@ -52,25 +48,13 @@ def run_smaller(command, sizes, path, is_capped, choices):
         is_capped: whether memory that cannot be had may end a process by an abort, too.
         choices: all of the run's, for that record.
     """
-    tried, child = [], None
+    tried, supervisor = [], ending.Supervisor(signal.SIGINT, signal.SIGTERM)
     kills = [signal.SIGKILL, *((signal.SIGABRT, signal.SIGSEGV) if is_capped else ())]
-
-    def forward(number, frame):
-        if child is not None:
-            child.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
     for size in sizes:
-        child = subprocess.Popen(
-            [*command, *([f"--micro-batch-size={size}"] if size else [])],
-            env={**os.environ, TRIED: " ".join(map(str, tried))},
-            preexec_fn=ending.end_with_parent,
-            start_new_session=True,  # the terminal's Ctrl-C comes once, by `forward`
-        )
-        code = child.wait()
+        flags = [f"--micro-batch-size={size}"] if size else []
+        code = supervisor.run([*command, *flags], **{TRIED: " ".join(map(str, tried))})
         tried.append(size)
-        if code != 3 and -code not in kills:
+        if supervisor.stopped or (code != 3 and -code not in kills):
             break
         if size != sizes[-1]:
             print(
@@ -80,7 +64,8 @@ def run_smaller(command, sizes, path, is_capped, choices):
         remedy = "take a smaller model or --image-size" if size else "lower --micro-batch-size"
         remedy += " or raise --memory-limit" if is_capped else ""
         error = f"out of memory: {remedy} (ended by {signal.Signals(-code).name})"
-        record.append_loss(path, "train", status="oom", error=error, config=choices)
+        choices = choices | ({"micro_batch_size": size} if size else {})
+        record.note_loss(path, "train", status="oom", error=error, config=choices)
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         return 3
     return code if code >= 0 else 128 - code

@@ -96,6 +96,7 @@ NUMBERS = re.compile(
     r"|model\.(parameters|bytes_on_disk|.+_per_image)|config\.(batch_size|rows|seed)"
     r"|quality\.(test_.+|best_epoch|.+_images|logits_difference)"
 )
+TOGETHER = "it began together with other runs, which compiled at the same time"
 LARGEST = 1e100  # beyond it sums might be no numbers any more
 
 
@@ -127,6 +128,16 @@ def append_loss(path, kind, **fields):
     report["notes"] = [f"{key}: the run left no record" for key in missing]
     append_record(path, report)
     return report
+
+
+def note_loss(path, kind, **fields):
+    """`append_loss`, from which the record comes back even where it could not be written."""
+    try:
+        return append_loss(path, kind, **fields)
+    except OSError as problem:
+        program = Path(sys.argv[0]).name
+        print(f"{program}: the record could not be written: {problem}", file=sys.stderr)
+        return create_record(kind, **fields)
 
 
 def begin_record(kind, *, config, backend, precision, machine, gpu_name, versions, git):
@@ -184,7 +195,12 @@ def finish_record(
     record["status"], record["error"] = status, error
     notes, timing, memory = record["notes"], record["timing"], record["memory"]
     before, after = compiled_files
-    if after == 0:
+    if os.environ.get("VIT_TURN"):
+        for name in ("import", "data", "build", "start", "compile"):
+            timing[f"{name}_seconds"] = None
+            notes.append(f"timing.{name}_seconds: {TOGETHER}")
+        notes.append(f"timing.compile_cache: {TOGETHER}")
+    elif after == 0:
         notes.append("timing.compile_cache: nothing was compiled for later runs")
     else:
         timing["compile_cache"] = "warm" if after == before else "cold"

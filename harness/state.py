@@ -140,7 +140,8 @@ def open_folder(root, name, is_resumed):
 
 
 def take(path):
-    """Lock a folder until this process ends: a descriptor, or None where another has it."""
+    """Lock a folder until this process ends: a descriptor, or None where another has it. OSError:
+    here nothing can be locked, as on some network file systems."""
     import fcntl  # not on Windows, where harness/record.py is read all the same
 
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -149,8 +150,11 @@ def take(path):
         # Its last owner may just have removed it.
         if os.path.samestat(os.fstat(lock), os.stat(path / "lock")):
             return lock
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError:
+        os.close(lock)
+        raise
     os.close(lock)
     return None
 

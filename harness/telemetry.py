@@ -22,6 +22,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from harness import environment
+
 SAMPLE_SECONDS = 0.1  # how often power is read: often enough for a trapezoid, too rarely to disturb
 COUNTER_SECONDS = 10.0  # RAPL counters wrap within minutes: read them well before a second time
 SHORT_WINDOW_SECONDS = 5.0  # NVML renews its counter every 0.1 s and averages its power over 1 s
@@ -66,7 +68,7 @@ COMPARED = {  # what must not change during a run
     "power_mode": "power mode changed from {} to {}",
     "power_cap_watts": "GPU power cap changed from {:g} W to {:g} W",
     "cpu_max_mhz": "CPU clock limit changed from {:g} MHz to {:g} MHz",
-    "gpu_max_mhz": "GPU clock limit changed from {:g} MHz to {:g} MHz",
+    "gpu_max_mhz": "highest GPU clock changed from {:g} MHz to {:g} MHz",
 }
 
 
@@ -90,6 +92,7 @@ def describe_machine(root="/"):
         "kernel": _read_text(root, "proc/sys/kernel/osrelease"),
         "cpu_name": _find(r"^model name\s*:\s*(.+)", cpu),
         "logical_cores": len(re.findall(r"^processor\s*:", cpu, re.MULTILINE)) or None,
+        "usable_cores": environment.count_cores(root),
         "memory_bytes": _read_kilobytes(root, "proc/meminfo", "MemTotal"),
         # Docker hides the device tree; the second file holds the same name and stays visible.
         "board_model": _read_text(root, "proc/device-tree/model")
@@ -107,10 +110,11 @@ def read_conditions(root="/"):
     """What a run depends on, as it is now. Take one snapshot before the backend first uses the GPU
     and one while it is still warm: `compare_conditions` says what was wrong.
 
-    on_battery: no charger is connected. clocks in MHz: the fastest CPU core's, the limit in force,
-    the GPU's (a Jetson's from devfreq). throttle_reasons: what holds the GPU's clocks back at this
-    moment. other_processes: [{pid, name}] that compute on the GPU, but for runs that wait for this
-    one (compare.py --start-together).
+    on_battery: no charger is connected. clocks in MHz: the fastest CPU core's and the limit in
+    force; the GPU's and its highest, which on a Jetson is the limit in force (from devfreq) and
+    elsewhere what the chip can do, whatever nvidia-smi limits it to. throttle_reasons: what holds
+    the GPU's clocks back at this moment. other_processes: [{pid, name}] that compute on the GPU,
+    but for runs that wait for this one (compare.py --start-together).
     """
     gpu, reasons = read_gpu()
     gpu |= _read_devfreq(root)
@@ -175,8 +179,8 @@ def read_gpu(index=None):
     and DRIVER_FIELDS. Nothing answers without a GPU: then every value is None.
 
     index: NVML's number; None is the one that this process computes on, the first of
-    CUDA_VISIBLE_DEVICES. (CUDA puts the fastest of unlike GPUs first, NVML goes by slot: with
-    several, set CUDA_DEVICE_ORDER=PCI_BUS_ID.) other_processes: process ids but our own.
+    CUDA_VISIBLE_DEVICES (in the order of CUDA_DEVICE_ORDER=PCI_BUS_ID, which environment.py sets).
+    other_processes: process ids but our own.
     """
     nvml, handle, reason = _open_gpu(index)
     values, reasons = _ask(GPU_FIELDS, nvml, reason, handle)
@@ -604,7 +608,7 @@ def format_page(page):
         ("power mode", page["power_mode"]),
         ("GPU power cap", _format(page["power_cap_watts"], "{:g} W")),
         ("CPU clock, limit", _join(*cpu)),
-        ("GPU clock, limit", _join(*gpu)),
+        ("GPU clock, highest", _join(*gpu)),
         ("on battery", battery),
         ("GPU clocks are held back by", _join(*(page["throttle_reasons"] or []))),
         ("others on the GPU", _join(*(f"{p['pid']} {p['name'] or ''}" for p in others or []))),

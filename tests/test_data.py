@@ -201,6 +201,8 @@ def test_measure_pixels():
     pixels = images.reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(variance, pixels.var(axis=0), rtol=1e-12)
+    images[..., 2] = 77  # which nothing is to be divided by zero for
+    assert data.measure_pixels(images)[1][2] == 1
 
 
 @pytest.mark.parametrize(

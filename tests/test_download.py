@@ -1,5 +1,7 @@
 """harness/download.py: a file over a network that breaks, from a server on loopback that does"""
 
+import errno
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -121,6 +123,15 @@ def test_a_process_that_is_killed_in_the_middle(server, fetch, tmp_path):
     has = part.stat().st_size
     assert 0 < has < len(CONTENT)
     assert fetch() is True and server.asked[-1] == f"bytes={has}-"
+
+
+def test_a_file_system_without_locks_does_not_wait(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with download.alone(tmp_path / "lock"):
+        pass
 
 
 def test_of_processes_that_start_at_once_one_downloads(server, tmp_path):

@@ -123,6 +123,41 @@ def test_unreadable_files_are_named_counted_and_left_out(folder, capfd):
         load(folder, max_unreadable=1)
 
 
+def test_a_link_to_nowhere_is_an_unreadable_file(folder, capfd):
+    (folder / "test" / "cat" / "gone.png").symlink_to(folder / "nowhere.png")
+    assert load(folder, max_unreadable=1).unreadable == 1
+    assert "gone.png as a picture: No such file or directory\n" in capfd.readouterr().err
+
+
+def test_a_picture_for_which_there_is_no_memory_is_not_left_out(folder, monkeypatch):
+    def fail(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        load(folder)
+
+
+def test_classes_without_pictures_to_test_on_are_told_before_training(folder):
+    for name in ("bee", "Dog"):
+        shutil.rmtree(folder / "test" / name)
+    with pytest.raises(data.DataError, match="of the first 1 there are no pictures to test on"):
+        load(folder, num_classes=1)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    scan = data.os.scandir
+
+    def refuse(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(data.os, "scandir", refuse)
+    with pytest.raises(data.DataError, match="cannot list .*cat: Permission denied"):
+        load(folder)
+
+
 def test_a_class_of_which_no_file_can_be_read_is_named(folder):
     place = folder / "train" / "cat"
     for path in place.iterdir():

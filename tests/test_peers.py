@@ -255,6 +255,9 @@ def test_the_keras_io_example_refuses_what_it_does_not_have(tmp_path, flag, expe
         (["--precision=float16"], "--precision"),
         (["--stem=conv"], "--stem conv: expected --patch-size 2, 4, 8 or 16, got 6"),
         (["--warmup-epochs=1"], "--warmup-epochs: expected --schedule cosine, got constant"),
+        (["--head-dim=0"], "--head-dim: expected above 0, got 0"),
+        (["--mlp-ratio=inf"], "--mlp-ratio: expected above 0, got inf"),
+        (["--mlp-ratio=2", "--transformer-units", "8", "64"], "--mlp-ratio: expected none beside"),
     ],
 )
 def test_a_bad_value_is_one_line(capsys, flags, told):
@@ -281,6 +284,22 @@ def test_a_bad_flag_is_one_line(tmp_path, backend, flags, told):
 def test_help_names_the_flags(backend, tmp_path):
     code, output, _ = run_peer(tmp_path, backend, "--help")
     assert code == 0 and "--transformer-layers" in output and "--no-augment" in output
+
+
+def test_the_last_step_broke_the_weights(backend, tmp_path):
+    """Its epoch's loss is of before it: without a validation the test is the first to see it"""
+    flags = (*SMALL, "--num-epochs=1", "--train-images=50", "--batch-size=50", *EAGER[backend])
+    flags = (*flags, "--validation-split=0", "--warmup-epochs=0", "--learning-rate=1e30")
+    code, _, errors = run_peer(tmp_path, backend, *flags, "--no-verbose")
+    record = read_last_record(tmp_path)
+    assert (code, record["status"]) == (4, "diverged"), errors
+    assert "in the test: lower --learning-rate" in record["error"]
+    assert "test_accuracy" not in record["quality"] or record["quality"]["test_accuracy"] is None
+
+
+def test_an_image_for_a_gpu_has_none(backend, tmp_path):
+    code, _, errors = run_peer(tmp_path, backend, *SMALL, VIT_EXPECT_GPU="1")
+    assert code == 2 and "expected a GPU, for which this image is made" in errors
 
 
 def test_a_diverged_run_leaves_a_record(backend, tmp_path):

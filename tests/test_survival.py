@@ -182,6 +182,26 @@ print(json.dumps([arrays[0].tolist(), *(array.ctypes.data for array in arrays)])
     assert values == [1, 2, 3] and places[0] == places[1]
 
 
+def test_where_nothing_can_be_locked_no_states_are_kept(tmp_path):
+    found = run_code(
+        tmp_path,
+        "jax",
+        """
+import errno, fcntl, json, pathlib
+from harness import state
+
+def refuse(file, how):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = refuse
+files = state.open_files(pathlib.Path("runs"), "name", False)
+print(json.dumps([files.is_kept, files.problems]))
+""",
+    )
+    problem = "not written: runs, states for --resume: No locks available"
+    assert found == [False, [problem]]
+
+
 BEST = """
 import json, keras, numpy as np
 from pathlib import Path

@@ -553,7 +553,7 @@ def test_a_page_of_a_jetson(tmp_path):
         "| memory | 62,829 MiB |",
         "| power mode | MODE_30W |",
         "| CPU clock, limit | 1,728 MHz, 2,202 MHz |",
-        "| GPU clock, limit | 306 MHz, 1,300 MHz |",
+        "| GPU clock, highest | 306 MHz, 1,300 MHz |",
         "| energy of work on the GPU from | INA3221 sum of monitored rails |",
         "| rail VDD_GPU_SOC | 3.19 W |",
     ):
@@ -570,6 +570,13 @@ def test_a_page_of_a_laptop(tmp_path, nvml):
     assert "| GPU power cap | 175 W |" in text
     assert "| energy of work on the GPU from | NVML energy counter |" in text
     assert "- l4t_release: no /etc/nv_tegra_release" in text
+
+
+@pytest.mark.parametrize("quota, cores", [("150000 100000", 1.5), ("max 100000", None)])
+def test_the_processors_that_a_run_may_use(tmp_path, monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 3})
+    write_tree(tmp_path, {"sys/fs/cgroup/cpu.max": quota})
+    assert telemetry.describe_machine(tmp_path)["usable_cores"] == (cores or 3)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

@@ -217,6 +217,7 @@ order = []
 tell(vit.Stopwatch, "begin_epoch")
 tell(harness.run, "measure_matmul")
 tell(telemetry, "host_peak_bytes")
+tell(telemetry, "read_conditions")
 
 class Watch(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
@@ -242,9 +243,10 @@ assert "not measured: no such metric was given to model.compile" in told.getvalu
 item = read_records("results.jsonl")[0][0]
 quality = item["quality"]
 # What others do before an epoch, and while they validate, is no part of it; nor is the matmul of
-# the run's memory.
+# the run's memory, or of what held its clocks back.
 assert item["timing"]["validation_seconds"][0] >= 0.3
-assert order == [*["watch", "begin_epoch"] * 50, "host_peak_bytes", "measure_matmul"]
+ends = ["host_peak_bytes", "read_conditions", "measure_matmul"]
+assert order == ["read_conditions", *["watch", "begin_epoch"] * 50, *ends]
 counts, sizes, names = zip(*seen)
 print(json.dumps([code, len(seen), counts[1], counts[-1], max(sizes[-10:]) - max(sizes[5:15]),
                   names[0], quality["val_loss"], quality["val_nats"], quality["best_epoch"]]))
@@ -519,6 +521,27 @@ def test_a_full_disk_at_the_end_is_told(tmp_path):
     done = run_vit(tmp_path, *SMALL, "--trainer=fit", "--no-keep-state", "--results-path=/dev/full")
     assert done.returncode == 6 and "could not be written" in done.stderr
     assert "Traceback" not in done.stderr and "test accuracy" in done.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_nothing_that_is_printed_onto_a_full_disk_ends_a_run(monkeypatch, stream, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    code = """
+from harness import ending
+
+def fail():
+    print("an epoch", flush=True)
+    raise RuntimeError("of its own")
+
+ending.end_with(lambda: {"of its own": 9}[ending.run_to_end(fail, "")[1].partition(": ")[2]])
+"""
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, **streams, text=True, cwd=ROOT)
+    assert done.returncode == 9
+    assert done.stdout == "an epoch\n" or "RuntimeError: of its own" in done.stderr
 
 
 def test_wandb_failing_in_mid_run_is_a_warning(capsys):
