@@ -120,7 +120,7 @@ def read_observed(path):
         if "rounding" not in facts:
             raise ValueError("it is of another version of parity.py")
         return facts, arrays
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise Unreadable(f"{path}: expected a file of --observed: {error}") from error
 
 

@@ -76,6 +76,10 @@ class PretrainConfig(vit.ViTConfig):
                 min(dim, heads) < 1 or dim % 4 or dim % heads,
                 f"--decoder-dim: expected a multiple of 4 and --decoder-heads {heads}, got {dim}",
             ),
+            (
+                self.decoder_layers < 1,
+                f"--decoder-layers: expected above 0, got {self.decoder_layers}",
+            ),
             (self.mixup or self.cutmix, "--mixup, --cutmix: expected none, there are no labels"),
             (self.validation_split, "--validation-split: expected 0, there are no labels"),
             (
@@ -95,7 +99,6 @@ class PretrainConfig(vit.ViTConfig):
 # The model
 
 
-@keras.saving.register_keras_serializable("vit")
 class Select(layers.Layer):
     """The tokens (batch, tokens, dim) at some places (batch, count), a class token before them."""
 
@@ -108,7 +111,6 @@ class Select(layers.Layer):
         return ops.concatenate([x[:, : self.first], chosen], axis=1) if self.first else chosen
 
 
-@keras.saving.register_keras_serializable("vit")
 class Restore(layers.Layer):
     """Put visible tokens (batch, visible, dim) back where they were, and one learned token at each
     place between, with fixed positions: (batch, patches, dim).
@@ -134,7 +136,6 @@ class Restore(layers.Layer):
         return ops.take_along_axis(x, back, axis=1) + ops.cast(self.positions, x.dtype)
 
 
-@keras.saving.register_keras_serializable("vit")
 class PaintingError(layers.Layer):
     """The mean squared error of each picture's hidden patches, (batch,), against their pixels,
     which are normalised patch by patch (equation in section 3, "Reconstruction target")."""

@@ -3,7 +3,7 @@
 Flags, figures and exit codes are those of vit.py, where they are explained. A peer is a class:
 
     backend, library                    "native-jax" and "jax"
-    Peer(config)                        chooses device and precision; ValueError: not to be had here
+    Peer(config)                        chooses device and precision
     .precision, .gpu_name               what matrix products run in; the GPU's name or None
     .build(mean, variance)              makes the model; the numbers are per channel of the pixels
     .load_keras_weights(weights)        takes what get_weights() of vit.py's model gives
@@ -39,15 +39,16 @@ import numpy as np  # noqa: E402
 
 from harness import augment, data, environment, record, telemetry  # noqa: E402
 from harness.cli import (  # noqa: E402
+    accept_cpu,
     check_config,
     check_writable,
     choose_micro_batch,
-    fail,
     parse,
     refuse,
+    settle_widths,
 )
 from harness.run import run_recorded  # noqa: E402
-from harness.stopwatch import Stopwatch  # noqa: E402
+from harness.stopwatch import Diverged, Stopwatch  # noqa: E402
 
 PROCESS_STARTED = environment.find_start()
 IMPORT_SECONDS = time.perf_counter() - _import_started  # a peer adds its framework's
@@ -102,20 +103,14 @@ class Config:
     seed: int = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of matrix products
     jit_compile: bool = True  # off: each operation by itself
+    allow_cpu: bool = False  # go on without a GPU in an image that is made for one
     results_path: Path = Path("results.jsonl")  # the record is appended here
     node_name: str = field(default_factory=platform.node)
     verbose: bool = True  # a line an epoch, and a summary
     use_wandb: bool = False  # taken for vit.py's sake and ignored: a peer logs nowhere
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.projection_dim
-        if self.mlp_ratio is not None:
-            hidden = max(1, round(self.mlp_ratio * self.projection_dim))
-            self.transformer_units = (hidden, self.projection_dim)
-        self.transformer_units = self.transformer_units or (
-            2 * self.projection_dim,
-            self.projection_dim,
-        )
+        settle_widths(self)
         check_config(self)
         refuse(
             (
@@ -164,6 +159,8 @@ def start(argv, description, library):
     environment.keep_memory()
     config = parse(Config, argv, description)
     environment.set_variables()
+    if not environment.has_cuda():
+        accept_cpu(config.allow_cpu)
     os.environ["KERAS_BACKEND"] = library  # CIFAR-100 comes through Keras
     return config
 
@@ -336,6 +333,8 @@ def train(peer, config, dataset, report):
     started = time.perf_counter()
     results = peer.evaluate(dataset.x_test, dataset.y_test)
     timing["evaluation_seconds"] = time.perf_counter() - started
+    if not math.isfinite(results[0]):  # of what is no number every picture counts as right
+        raise Diverged(results[0], "the test")
     quality |= {f"test_{name}": value for name, value in zip(METRICS, results)}
 
 
@@ -344,10 +343,7 @@ def main(create_peer, config, import_seconds):
     import_bytes = telemetry.host_rss_bytes()
     check_writable(results_path=config.results_path)
     machine = telemetry.describe_machine()  # before the framework touches the GPU
-    try:
-        peer = create_peer(config)
-    except ValueError as error:
-        fail(error)
+    peer = create_peer(config)
     choose_micro_batch(config, is_on_gpu=peer.gpu_name is not None)
     report = record.begin_record(
         "train",

@@ -4,7 +4,8 @@
 
 Same model, initial weights, pictures, order, augmentation, optimiser, figures, record, and exit
 codes as `vit.py --keras-backend torch`; no Keras. Forward and backward pass are compiled, the
-update is the fused AdamW kernel, and no step waits for the device.
+update is the fused AdamW kernel (which adds epsilon after the correction for the first steps, and
+Keras before: what hardly has a gradient moves further in these), and no step waits for the device.
 """
 
 import math
