@@ -111,7 +111,7 @@ EXPLOITED = known_exploited_vulnerabilities.json
 KNOWN = $(addprefix $(ADVISORIES)/,PyPI.zip $(EXPLOITED))
 advisories:
 	mkdir -p $(ADVISORIES)
-	cd $(ADVISORIES) && curl --fail --silent --show-error --connect-timeout 10 --max-time 120 --remote-time \
+	cd $(ADVISORIES) && curl --fail --fail-early --silent --show-error --connect-timeout 10 --max-time 120 --remote-time \
 	  --output PyPI.part https://osv-vulnerabilities.storage.googleapis.com/PyPI/all.zip \
 	  --output exploited.part https://www.cisa.gov/sites/default/files/feeds/$(EXPLOITED)
 	cd $(ADVISORIES) && mv PyPI.part PyPI.zip && mv exploited.part $(EXPLOITED)

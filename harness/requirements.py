@@ -18,7 +18,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-# PyTorch's libraries. JAX and TensorFlow want others of these names, with their extras alone.
+# PyTorch's libraries. JAX and TensorFlow want others of these names, with their CUDA extras alone.
 LIBRARIES = ("cuda-", "nvidia-", "triton")
 
 
@@ -42,13 +42,15 @@ def list_locked(project, groups, lock, without=()):
         else:
             wanted.add(name_package(requirement))
     has_cuda = any(group.endswith("cuda12") for group in groups)
-    spared = ("cuda-", "triton", *(() if has_cuda else ("jax-cuda12", "nvidia-")))
     blocks = [block for block in split_blocks(lock) if name_package(block) not in without]
-    found = find_needed(blocks, wanted, spared)
+    found = find_needed(blocks, wanted, (*LIBRARIES, "jax-cuda12"))
+    if has_cuda:  # what JAX and TensorFlow want of CUDA, and not what the index's own PyTorch does
+        others = [block for block in blocks if name_package(block) != "torch"]
+        found += find_needed(others, wanted - {"torch"}, ("cuda-", "triton"))
     missing = wanted - {*map(name_package, found)} - {*without}
     if missing:
         sys.exit(f"requirements.py: not in the lock file: {', '.join(sorted(missing))}: make lock")
-    return [block for block in found if name_package(block) != "torch"]
+    return [block for block in dict.fromkeys(found) if name_package(block) != "torch"]
 
 
 def list_torch(locks, build):

@@ -51,11 +51,12 @@ run() {
   fi
 }
 
-# in_container IMAGE COMMAND...: as this user, who can write nothing but the mounted folder and /tmp.
-# The key goes by stdin: neither a list of processes nor `docker inspect` shows it.
+# in_container IMAGE COMMAND...: as the mounted folder's owner (with sudo that is not this user), who
+# can write nothing but that and /tmp. The key goes by stdin: neither a list of processes nor
+# `docker inspect` shows it.
 in_container() {
   run docker run --rm --init --interactive "${DEVICE[@]}" --hostname "$NODE" \
-    --user "$(id -u):$(id -g)" --read-only --tmpfs /tmp:exec --cap-drop ALL \
+    --user "$(stat -c %u:%g .)" --read-only --tmpfs /tmp:exec --cap-drop ALL \
     --security-opt no-new-privileges -v "$PWD:/app" ${WANDB_API_KEY:+-e KEY_ON_STDIN=1} \
     -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_BASE_URL "$@" <<<"${WANDB_API_KEY:-}"
 }

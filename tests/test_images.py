@@ -127,6 +127,11 @@ def test_of_pytorch_one_build_is_installed():
     names = {requirements.name_package(block) for block in rest}
     assert "sympy" in names and "torch" not in names
     assert [name for name in names if name.startswith(requirements.LIBRARIES)] == ["nvidia-ml-py"]
+    cuda, both = (
+        {*requirements.list_locked(project, ["dependencies", *groups], locks[0])}
+        for groups in (["cuda12"], ["cuda12", "torch"])
+    )
+    assert both == cuda | {*rest} and "nvidia-cudnn-cu12" in map(requirements.name_package, both)
     with pytest.raises(SystemExit, match="expected a build of '', 'cpu', 'cu126', got 'cu118'"):
         requirements.list_torch(locks, "cu118")
 
