@@ -348,15 +348,15 @@ def check_fairness(entries, reference, is_served):
 
 def pair_flags(words):
     """{(name, value), ...} of flags such as --seed=3, --seed 3 and --no-flip"""
-    pairs = []
+    pairs, name = {}, None
     for word in words:
         if word.startswith("--"):
-            name, _, value = word.partition("=")
-            (name,) = list_flags([name])
-            pairs.append((name, "False" if word.startswith("--no-") else value))
-        else:
-            pairs[-1] = (pairs[-1][0], word)
-    return set(pairs)
+            flag, _, value = word.partition("=")
+            (name,) = list_flags([flag])
+            pairs[name] = "False" if flag.startswith("--no-") else value
+        elif name:  # one of its values
+            pairs[name] = f"{pairs[name]} {word}".strip()
+    return set(pairs.items())
 
 
 def find_apart(entries):

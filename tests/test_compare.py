@@ -375,6 +375,7 @@ def test_what_an_entry_changes_itself_is_said_not_warned_of():
         ({"torch": "--micro-batch-size=32"}, 999, "model.parameters"),
         ({"jax": "--patch-size 6", "torch": "--patch-size=6"}, 999, "model.parameters"),
         ({"torch": "--patch-size=3"}, 999, None),
+        ({"jax": "--mlp-head-units 8 4", "torch": "--mlp-head-units 4 4"}, 999, None),
         ({"torch": "--precision=bfloat16", "jax": "--precision=tf32"}, "bfloat16", None),
     ],
 )
