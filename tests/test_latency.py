@@ -387,16 +387,6 @@ def test_nobody_reads_the_table(tmp_path, sizes):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_on_a_full_disk_the_table_is_what_is_left(tmp_path):
-    flags = ("--batch-sizes", "1", "2", "--results-path=/dev/full", *QUICK)
-    done = run_latency(tmp_path, *flags)
-    assert done.returncode == 6 and "Traceback" not in done.stderr
-    assert done.stderr.count("the record could not be written") == 2
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows if row[0] in "12"] == ["1", "2"]
-    assert all(float(row[1]) > 0 for row in rows if row[0] in "12")
-
-
 def test_code_in_a_model_is_not_run(tmp_path):
     code = """
 import keras

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import (
+    MODEL,
     ROOT,
     SMALL,
     child_environment,
@@ -462,6 +463,41 @@ def test_pre_training_on_a_full_disk_says_what_is_not_there(tmp_path):
     assert "pretrained.npz" not in left and "pretrained.png" in left
 
 
+def test_serving_on_a_full_disk_leaves_the_table(tmp_path):
+    flags = ("--batch-sizes", "1", "2", "--iterations=400", "--", *MODEL)  # 8 kB a record
+    done = run_on_disk(tmp_path, "4k", *flags, script="latency.py")
+    assert done.returncode == 6 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("the record could not be written") == 2
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows if row[0] in "12"] == ["1", "2"]
+    assert all(float(row[1]) > 0 for row in rows if row[0] in "12")
+
+
+def test_a_stop_between_two_tries_is_no_try_more(tmp_path):
+    """Ctrl-C comes while the one that ran out of memory writes its record, and hears nothing"""
+    (tmp_path / "child.py").write_text("""
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("out of memory", flush=True)
+time.sleep(1)
+sys.exit(3)
+""")
+    code = "import sys; from harness import fitting; words = [sys.executable, 'child.py']; "
+    code += "sys.exit(fitting.run_smaller(words, [8, 4, 2], 'results.jsonl', False, {}))"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=child_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stdout.readline() == "out of memory\n"
+        parent.send_signal(signal.SIGINT)
+        assert parent.stdout.read() == ""  # of a second try
+    assert parent.returncode == 3
+
+
 def test_a_disk_that_takes_nothing_is_told_in_a_few_lines(tmp_path):
     done = run_on_disk(tmp_path, "4k", *SMALL, "--trainer=fit", WANDB_MODE="offline")
     assert done.returncode == 6 and "test accuracy" in done.stdout, done.stderr
@@ -529,7 +565,8 @@ sys.exit(3 if size > 30 else 0)
     assert done.stdout.strip() == "3"
     assert "take a smaller model or --image-size (ended by SIGKILL)" in done.stderr
     item = read_last_record(tmp_path)
-    assert item["status"] == "oom" and item["config"] == {"batch_size": 512}
+    assert item["status"] == "oom"
+    assert item["config"] == {"batch_size": 512, "micro_batch_size": 256}
     text = (tmp_path / "child.py").read_text()
     (tmp_path / "child.py").write_text(text.replace("SIGKILL", "SIGABRT"))
     assert run([512, 16]).stdout.strip() == str(128 + signal.SIGABRT)  # without a cap a fault
