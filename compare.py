@@ -59,7 +59,14 @@ from harness.record import (
     read_records,
 )
 from harness.report import print_report, write_report
-from harness.verdict import check_reference, create_report, parse_id, show
+from harness.verdict import (
+    check_reference,
+    count_rows,
+    create_report,
+    find_done,
+    parse_id,
+    show,
+)
 
 ROOT = Path(__file__).resolve().parent
 KERAS_IO = "peers/keras_io.py"
@@ -92,7 +99,7 @@ class CompareConfig:
     repeats: int = 3  # runs of each entry; an interval needs 3
     reference: str = ""  # entry that the others are compared with (default: the first)
     cool_down: float = 0.0  # seconds to wait between runs
-    start_together: int = 1  # so many runs compile at once, and are measured in turn
+    start_together: int = 1  # so many runs compile at once, untimed, and are measured in turn
     results_path: Path | None = None  # file of the runs (default: results/compare-ID.jsonl)
     resume: bool = False  # go on with the newest comparison that this command began
     dry_run: bool = False  # print the commands in their order
@@ -326,20 +333,6 @@ def measure_run(run, path, verbose, turn=None):
     return append_loss(path, run["kind"], id=run["id"], **told), interrupted
 
 
-def count_rows(records):
-    """How many records a run is to leave: latency.py one for each row of its table"""
-    return max(item["config"].get("rows") or 1 for item in records)  # a loss knows of none
-
-
-def find_done(found):
-    """Ids of the runs that are complete, as they ended last: of latency.py's every row is ok"""
-    runs = collections.defaultdict(list)
-    for item in {item["id"]: item for item in found}.values():
-        runs[item["id"].partition("~")[0]].append(item)
-    ok = {run: sum(item["status"] == "ok" for item in items) for run, items in runs.items()}
-    return {run for run, items in runs.items() if ok[run] >= count_rows(items)}
-
-
 def measure_together(runs, path, config):
     """Begins runs at once and, when all have compiled, lets one after the other be measured: where
     there are cores for that, it takes less time. Yields what `measure_run` gives, of each"""
@@ -352,13 +345,15 @@ def measure_together(runs, path, config):
         try:
             while not all(one.done() or turn.exists() for one, turn in zip(begun, turns)):
                 time.sleep(0.05)
-            for one, turn in zip(begun, turns):
-                if not turn.exists() and one.result()[0]["status"] == "ok":
-                    error = "--start-together: expected --num-epochs 2 or more, got a run that did "
-                    error += "not wait for its turn, so that its speed is wrong"
-                    told = {key: one.result()[0][key] for key in ("id", "argv", "backend")}
+            ended = [one.result()[0] for one, turn in zip(begun, turns) if not turn.exists()]
+            if impatient := [item for item in ended if item["status"] == "ok"]:
+                error = "--start-together: expected --num-epochs 2 or more, got a run that did not "
+                error += "wait for its turn, so that its speed is wrong"
+                for item in impatient:
+                    told = {key: item[key] for key in ("id", "argv", "backend")}
                     append_loss(path, "train", status="error", error=error, **told)
-                    raise BadInput(error)
+                raise BadInput(error)
+            for one, turn in zip(begun, turns):
                 turn.unlink(missing_ok=True)
                 yield one.result()
         except BaseException:  # whatever it is, nobody would tell the others to go on

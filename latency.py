@@ -349,6 +349,7 @@ if __name__ == "__main__":
         ending.end_with(partial(measure_each, CONFIG, MODEL_FLAGS))
     ending.end_at_once()
     environment.keep_memory()
+    environment.set_variables()  # before CUDA is asked
     if CONFIG.keras_backend == "torch" and not environment.has_cuda():
         environment.precompile_header()
 

@@ -450,6 +450,9 @@ def main(argv=None):
         fail(error)
     except studies.UNREACHABLE as error:
         fail(f"the database: {studies.explain(error)}: the same command goes on", code=1)
+    except BrokenPipeError:  # nobody reads any more
+        sys.stdout = open(os.devnull, "w")
+        return 141
     except OSError as error:  # such as a full disk
         text = f"{error.filename or 'a file'} was not written: {error.strerror}"
         fail(f"{text}; trials are kept, the same command goes on", code=1)

@@ -961,6 +961,7 @@ def main(config, subject=None, kind="train", experiment=run_experiment):
         subject: what the record shall call its backend, where another command runs another model.
         kind, experiment: of the record, and what is done, where that is not `run_experiment`.
     """
+    ending.outlive_full_disk()
     paths = {n: getattr(config, n) for n in ("results_path", "checkpoint_path", "model_path")}
     check_writable(**{name: path for name, path in paths.items() if path})
     if config.loader == "torch" and importlib.util.find_spec("torch") is None:

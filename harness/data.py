@@ -328,7 +328,8 @@ def list_folder(folder, size):
             if entry.name not in classes:
                 raise DataError(f"dataset: {root} has a class that train/ has not: {entry.name}")
             found = [file for file in list_entries(entry.path) if not file.name.startswith(".")]
-            files = sorted(os.fsencode(file.path) for file in found)
+            kept = (file for file in found if file.is_file() or file.is_symlink())
+            files = sorted(os.fsencode(file.path) for file in kept)
             if split == "train" and not files:
                 raise DataError(f"dataset: expected pictures in {entry.path}, found none")
             for file in found:

@@ -74,14 +74,17 @@ class Supervisor:
 
 class _Output(io.FileIO):
     """What cannot be written, as to a file on a full disk, is dropped; that nobody reads any more
-    is an error as ever."""
+    is an error as ever, once."""
+
+    is_read = True
 
     def write(self, data):
         try:
             return super().write(data)
-        except BrokenPipeError:
-            raise
-        except OSError:
+        except OSError as error:
+            if self.is_read and isinstance(error, BrokenPipeError):
+                self.is_read = False
+                raise
             return len(data)
 
 
@@ -91,7 +94,8 @@ def outlive_full_disk():
         stream = getattr(sys, name)
         binary = getattr(stream, "buffer", None)
         raw = getattr(binary, "raw", binary)  # with PYTHONUNBUFFERED there is no buffer between
-        if isinstance(raw, io.FileIO):
+        if isinstance(raw, io.FileIO) and not isinstance(raw, _Output):
+            stream.flush()
             output = _Output(stream.fileno(), "w", closefd=False)
             names = ("encoding", "errors", "line_buffering", "write_through")
             options = {option: getattr(stream, option) for option in names}

@@ -22,6 +22,8 @@ TUNABLES = {  # https://sourceware.org/glibc/manual/latest/html_node/Memory-Allo
     "glibc.malloc.trim_threshold": 2**40,  # which is never given back
     "glibc.malloc.hugetlb": 1,  # and asks for transparent huge pages (glibc 2.35 and later)
 }
+# Before a framework's threads bind this one, too, as OMP_PROC_BIND asks.
+BOUND = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
 CACHES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch": "TORCHINDUCTOR_CACHE_DIR"}
 
 
@@ -70,9 +72,9 @@ def processor():
 
 def count_cores(root="/"):
     """Processors that this process may use: all, those that it is bound to, as by taskset, or the
-    share of their time that its container has, as by docker run --cpus 1.5."""
-    bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    cores = len(bound) or os.cpu_count() or 1
+    share of their time that its container has, as by docker run --cpus 1.5 (where there is cgroup
+    v2)."""
+    cores = len(BOUND) or os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max" for all
         quota, period = Path(root, "sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, int(quota) / int(period))

@@ -48,6 +48,7 @@ def run_smaller(command, sizes, path, is_capped, choices):
         is_capped: whether memory that cannot be had may end a process by an abort, too.
         choices: all of the run's, for that record.
     """
+    ending.outlive_full_disk()
     tried, supervisor = [], ending.Supervisor(signal.SIGINT, signal.SIGTERM)
     kills = [signal.SIGKILL, *((signal.SIGABRT, signal.SIGSEGV) if is_capped else ())]
     for size in sizes:

@@ -198,8 +198,10 @@ def group_records(found):
     for item in found:
         first = latest.get(item["id"], item)["started"]
         latest[item["id"]] = item | {"started": first, "ran": item["started"]}
-    kind = find_kind(found)
-    found = [item for item in latest.values() if item["kind"] == kind]
+    kind, done = find_kind(found), find_done(latest.values())
+    # The loss of a serving run that was completed later is none.
+    lost = {name for name, item in latest.items() if item["status"] != "ok" and name in done}
+    found = [i for i in latest.values() if i["kind"] == kind and i["id"] not in lost]
     if not found:
         raise BadInput("expected records of kind train or latency, got none; vit.py writes some")
     datasets = sorted({str(dig(r, "config.dataset")) for r in found if dig(r, "config.dataset")})
@@ -226,8 +228,10 @@ def group_records(found):
             known[key] = known.get(key) or value
     groups = {}
     for item, (comparison, repeat, label), work, node in rows:
-        is_told = work and (item["status"] == "ok" or not comparison)
-        work = work if is_told else known[comparison, label]
+        sibling = known[comparison, label]
+        told = [(key, value) for key, value in work if value != "null"]
+        if item["status"] != "ok" and {*told} <= {*sibling}:
+            work = sibling
         node = known[comparison] if comparison or not node else node
         runs = groups.setdefault((label, node, work), {})
         if kind == "latency":
@@ -245,6 +249,20 @@ def group_records(found):
         ok = {pair: item for pair, item in runs.items() if item["status"] == "ok"}
         entries.append({"label": full, "flags": flags, "node": node, "runs": runs, "ok": ok})
     return entries
+
+
+def count_rows(records):
+    """How many records a run is to leave: latency.py one for each row of its table"""
+    return max(item["config"].get("rows") or 1 for item in records)  # a loss knows of none
+
+
+def find_done(found):
+    """Ids of the runs that are complete, as they ended last: of latency.py's every row is ok"""
+    runs = collections.defaultdict(list)
+    for item in {item["id"]: item for item in found}.values():
+        runs[item["id"].partition("~")[0]].append(item)
+    ok = {run: sum(item["status"] == "ok" for item in items) for run, items in runs.items()}
+    return {run for run, items in runs.items() if ok[run] >= count_rows(items)}
 
 
 def find_kind(found):
@@ -361,22 +379,32 @@ def pair_flags(words):
 
 def find_apart(entries):
     """Warnings of repeats of a comparison whose runs did not follow one another, as after a
-    --resume: between two of them something else took longer than APART"""
-    repeats = collections.defaultdict(list)
+    --resume: between two of them something else took longer than APART and what is usual there"""
+    comparisons = collections.defaultdict(lambda: collections.defaultdict(list))
     for entry in entries:
         for (comparison, repeat), run in entry["runs"].items():
-            with contextlib.suppress(ValueError):  # a time by another program
-                begun = calendar.timegm(time.strptime(run["ran"], "%Y-%m-%dT%H:%M:%SZ"))
-                name = f"{entry['label']} {repeat}"
-                took = [dig(part, "timing.total_seconds") for part in list_parts(run).values()]
-                took = math.inf if None in took else sum(took)
-                repeats[comparison, repeat].append((begun, name, took))
+            for part in list_parts(run).values():
+                with contextlib.suppress(ValueError):  # a time by another program
+                    begun = calendar.timegm(time.strptime(part["ran"], "%Y-%m-%dT%H:%M:%SZ"))
+                    took = dig(part, "timing.total_seconds")
+                    took = math.inf if took is None else took
+                    name = f"{entry['label']} {repeat}"
+                    comparisons[comparison][repeat].append((begun, name, took))
+    comparisons.pop("", None)
     warnings = []
-    for (comparison, _), runs in repeats.items():
-        for (begun, name, took), (later, other, _) in itertools.pairwise(sorted(runs)):
-            apart = later - begun - took
-            if comparison and apart > APART:
-                told = f"{other} began {apart / 60:,.0f} minutes after {name} had ended"
+    for repeats in comparisons.values():
+        gaps = []
+        for parts in repeats.values():
+            end, ended = math.inf, None  # of those so far; inf where that is not known
+            for begun, name, took in sorted(parts):
+                if end < math.inf:
+                    gaps.append((max(begun - end, 0), name, ended))
+                if end == math.inf or begun + took > end:
+                    end, ended = begun + took, name
+        usual = np.median([gap for gap, _, _ in gaps]) if gaps else 0
+        for gap, name, ended in gaps:
+            if gap > APART + usual:
+                told = f"{name} began {gap / 60:,.0f} minutes after {ended} had ended"
                 warnings.append(f"{told}: their ratio is not that of runs in turn")
     return warnings
 
@@ -598,9 +626,9 @@ def describe_limits(report, pairs):
     failed, and what makes them unfair"""
     text, unequal = "", []
     for entry in {entry["label"]: entry for pair in pairs for entry in pair}.values():
-        runs = len(entry["runs"])
-        if failed := runs - len(entry["ok"]):
-            text += f"; but {entry['label']} failed in {failed} of {runs} runs"
+        statuses = [run["status"] for run in entry["runs"].values()]
+        if failed := sum(status not in ("ok", "interrupted") for status in statuses):
+            text += f"; but {entry['label']} failed in {failed} of {len(statuses)} runs"
     for fast, slow in pairs:
         unequal += check_fairness([fast, slow], slow, report["is_served"])[2]
     unequal += ["what they compute"] if report["is_broken"] else []

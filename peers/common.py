@@ -37,7 +37,7 @@ _import_started = time.perf_counter()
 
 import numpy as np  # noqa: E402
 
-from harness import augment, data, environment, record, telemetry  # noqa: E402
+from harness import augment, data, ending, environment, record, telemetry  # noqa: E402
 from harness.cli import (  # noqa: E402
     accept_cpu,
     check_config,
@@ -340,6 +340,7 @@ def train(peer, config, dataset, report):
 
 def main(create_peer, config, import_seconds):
     """One run from configuration to record; returns the exit code."""
+    ending.outlive_full_disk()
     import_bytes = telemetry.host_rss_bytes()
     check_writable(results_path=config.results_path)
     machine = telemetry.describe_machine()  # before the framework touches the GPU

@@ -411,6 +411,10 @@ def test_a_repeat_that_was_torn_apart_is_told():
         item["started"] = f"2026-01-01T00:{minute:02d}:00Z"
         item["timing"]["total_seconds"] = 50.0
     assert report_on(items)["warnings"] == []
+    cooled = [
+        item | {"started": f"2026-01-01T{hour:02d}:00:00Z"} for hour, item in enumerate(items)
+    ]
+    assert report_on(cooled)["warnings"] == []  # an hour before each
     lost = items[2] | {"status": "error", "error": "x"}
     again = items[2] | {"started": "2026-01-01T02:00:00Z"}
     (warning,) = report_on([*items[:2], lost, *items[3:], again])["warnings"]
@@ -446,6 +450,9 @@ def test_a_killed_run_belongs_to_its_siblings():
     report = report_on(items, reference="torch")
     assert report["labels"] == ["jax", "torch"]
     assert report["rows"][0]["cells"][1]["lines"] == ["2 of 3"]
+    items[3]["config"] |= {"micro_batch_size": 8}  # which it knew: other work
+    other = "torch:--micro-batch-size=8"
+    assert report_on(items)["labels"] == ["jax", "torch:--micro-batch-size=16", other]
 
 
 def test_break_even_needs_two_differences():
@@ -732,6 +739,10 @@ def test_exported_rows_are_entries_of_their_own():
             config = item["config"] | {"runtime": runtime, "rows": 4}
             made = {"id": f"{item['id']}~{runtime}", "timing": timing, "config": config}
             items.append(item | made | {"quality": {"test_accuracy": 0.5}})
+    loss = {"status": "error", "error": "3 of 4 rows were measured", "timing": {}}
+    loss |= {"id": "0a1b2c3d-20260101T000000-r1-jax", "config": {}}
+    report = report_on([*items, items[0] | loss], reference="torch:--export=onnx")
+    assert report["failed"] == []  # the row that it lacked came with a --resume
     report = report_on(items, reference="torch:--export=onnx")
     assert report["labels"] == ["jax", "jax:--export=onnx", "torch", "torch:--export=onnx"]
     assert report["cells"]["8 p50_ms"][2]["lines"][1] == "2.00 times (2.00–2.00)"
@@ -908,6 +919,9 @@ def test_a_run_that_does_not_wait_ends_them_all(bench, capsys, monkeypatch):
     arguments = ("--backends", "jax", "torch", "--script", "child.py", "--no-parity")
     assert run_main(*arguments, "--start-together", 2) == 2
     assert "expected --num-epochs 2 or more" in capsys.readouterr().err
+    assert not compare.find_done(records.read_records(result_file(bench))[0])
+    monkeypatch.setenv("FATES", json.dumps(dict.fromkeys(("jax1", "torch1"), "impatient")))
+    assert run_main(*arguments, "--start-together", 2, "--repeats", 1) == 2
     assert not compare.find_done(records.read_records(result_file(bench))[0])
     assert (bench / "turns.txt").read_text() == "torch1 begins\n"
 

@@ -574,7 +574,7 @@ def test_a_page_of_a_laptop(tmp_path, nvml):
 
 @pytest.mark.parametrize("quota, cores", [("150000 100000", 1.5), ("max 100000", None)])
 def test_the_processors_that_a_run_may_use(tmp_path, monkeypatch, quota, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 3})
+    monkeypatch.setattr(telemetry.environment, "BOUND", {0, 2, 3})
     write_tree(tmp_path, {"sys/fs/cgroup/cpu.max": quota})
     assert telemetry.describe_machine(tmp_path)["usable_cores"] == (cores or 3)
 

@@ -544,6 +544,15 @@ ending.end_with(lambda: {"of its own": 9}[ending.run_to_end(fail, "")[1].partiti
     assert done.stdout == "an epoch\n" or "RuntimeError: of its own" in done.stderr
 
 
+def test_a_run_whose_log_is_on_a_full_disk_is_not_lost(tmp_path):
+    command = [sys.executable, ROOT / "vit.py", *SMALL, "--no-use-wandb", "--no-keep-state"]
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": full, "stderr": full}
+        done = subprocess.run(command, cwd=tmp_path, env=child_environment(tmp_path), **streams)
+    item = read_last_record(tmp_path)
+    assert (done.returncode, item["status"]) == (0, "ok"), item["error"]
+
+
 def test_wandb_failing_in_mid_run_is_a_warning(capsys):
     from harness import tracking
 
