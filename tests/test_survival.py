@@ -484,14 +484,9 @@ sys.exit(3)
 """)
     code = "import sys; from harness import fitting; words = [sys.executable, 'child.py']; "
     code += "sys.exit(fitting.run_smaller(words, [8, 4, 2], 'results.jsonl', False, {}))"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=child_environment(tmp_path),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with parent:
+    told = {"stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    environment = child_environment(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **told) as parent:
         assert parent.stdout.readline() == "out of memory\n"
         parent.send_signal(signal.SIGINT)
         assert parent.stdout.read() == ""  # of a second try
