@@ -317,8 +317,7 @@ def measure_run(run, path, verbose, turn=None):
     if own and (interrupted or len({item["id"] for item in own}) >= count_rows(own)):
         return own[-1], interrupted
     status, error = "error", last_line or "it left neither record nor message; see --verbose"
-    if own:  # of a serving run some batch sizes, and was not to know what became of it
-        started = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    if own:  # a serving run's first rows: the loss is of now, after these
         error = f"{len(own)} of {count_rows(own)} rows were measured: {error}"
     if interrupted:
         status, error = "interrupted", "stopped before it wrote a record"
@@ -328,8 +327,8 @@ def measure_run(run, path, verbose, turn=None):
         status = "oom"
     elif foreign := [item["id"] for item in found if not parse_id(item["id"])]:
         error = f"its record has the id {foreign[-1]} instead of VIT_RECORD_ID's"
-    told = {"status": status, "error": error, "started": started}
-    told |= {"argv": run["command"], "backend": run["name"]}
+    told = {"status": status, "error": error, "argv": run["command"], "backend": run["name"]}
+    told |= {} if own else {"started": started}
     return append_loss(path, run["kind"], id=run["id"], **told), interrupted
 
 

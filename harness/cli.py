@@ -216,8 +216,8 @@ def settle_widths(config):
 
 
 def check_config(config):
-    """Raise ConfigError where a configuration of a model and its training is impossible."""
-    check_ranges(config)
+    """Raise ConfigError where a configuration of a model and its training, which `settle_widths`
+    has been through, is impossible."""
     refuse(
         (
             config.stem == "conv" and config.patch_size not in (2, 4, 8, 16),
