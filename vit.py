@@ -930,6 +930,7 @@ def settle_device(config, compiles=True):
     if not engine.on_gpu():
         accept_cpu(config.allow_cpu)
     MultiHeadAttention.trains_fused = engine.on_gpu()
+    MultiHeadAttention.parts = 4 if engine.BACKEND == "jax" and not engine.on_gpu() else 1
     try:
         return engine.set_precision(config.precision)
     except ValueError as error:

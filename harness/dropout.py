@@ -42,13 +42,17 @@ class Dropout(layers.Dropout):
     def call(self, inputs, training=False):
         if not training or self.rate == 0:
             return inputs
+        return inputs * self.draw(ops.shape(inputs), inputs.dtype)
+
+    def draw(self, shape, dtype):
+        """What to multiply values of this shape with: 0 for those that are dropped."""
         state = self.seed_generator.state  # counted on here: its own `next` takes twice the steps
         key = ops.cast(state.value, "int32")[0] * GOLDEN
         state.assign(state.value + 1)
-        shape = self.mask_shape(ops.shape(inputs))  # on TensorFlow the batch may be unknown
+        shape = self.mask_shape(shape)  # on TensorFlow the batch may be unknown
         number = ops.reshape(ops.arange(math.prod(shape), dtype="int32"), shape)
         keep = hash_bits(number, key) >= round(self.rate * 2**31)
-        return inputs * (ops.cast(keep, inputs.dtype) * (1 / (1 - self.rate)))
+        return ops.cast(keep, dtype) * (1 / (1 - self.rate))
 
     def mask_shape(self, shape):
         return shape
@@ -69,10 +73,12 @@ class MultiHeadAttention(layers.MultiHeadAttention):
     Keras' own takes the fused kernel only at dropout 0, not at inference. In training, heads are
     put before patches once, after one product that projects to queries, keys and values: Keras'
     einsums transpose in each product; on a CPU Keras' fused kernel is not used for training either.
-    On a GPU, set `trains_fused`.
+    On a GPU, set `trains_fused`. For JAX on a CPU, set `parts`: XLA multiplies a batch of matrices
+    on one core, and some such products, of which none needs another, on several at once.
     """
 
     trains_fused = False  # where nothing is dropped
+    parts = 1  # in which a batch is trained on, where it can be divided so
 
     def _build_attention(self, rank):
         super()._build_attention(rank)
@@ -94,13 +100,26 @@ class MultiHeadAttention(layers.MultiHeadAttention):
         bias = ops.concatenate([ops.reshape(p.bias, (heads * size,)) for p in parts], 0)
         x = project(ops.reshape(query, (-1, dim)), kernel, bias)
         x = ops.transpose(ops.reshape(x, (-1, tokens, 3, heads, size)), (2, 0, 3, 1, 4))
-        q, k, v = x[0], x[1], x[2]  # (batch, heads, tokens, size) each
-        scores = ops.matmul(q * size**-0.5, ops.transpose(k, (0, 1, 3, 2)))
-        x = ops.matmul(self._dropout_layer(self._softmax(scores), training=True), v)
+        shape = ops.shape(x)[1], heads, tokens, tokens
+        kept = self._dropout_layer.draw(shape, x.dtype) if self._dropout_layer.rate else None
+        if self.parts == 1:
+            x = self.attend(x, kept)
+        else:
+            count = math.gcd(self.parts, shape[0])
+            kept = [None] * count if kept is None else ops.split(kept, count)
+            x = ops.concatenate(list(map(self.attend, ops.split(x, count, axis=1), kept)))
         x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, heads * size))
         out = self._output_dense
         x = project(x, ops.reshape(out.kernel, (heads * size, dim)), out.bias)
         return ops.reshape(x, (-1, tokens, dim))
+
+    def attend(self, x, kept):
+        """Queries, keys and values (3, batch, heads, tokens, size) to (batch, heads, tokens, size);
+        kept: what the weights of tokens for tokens are multiplied with, or None."""
+        q, k, v = x[0], x[1], x[2]
+        scores = ops.matmul(q * self._key_dim**-0.5, ops.transpose(k, (0, 1, 3, 2)))
+        weights = self._softmax(scores)
+        return ops.matmul(weights if kept is None else weights * kept, v)
 
 
 def project(x, kernel, bias):

@@ -233,6 +233,26 @@ def test_dropout_masks(tmp_path):
     assert scale == pytest.approx(1.25) and idle == 1.0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_in_parts_is_that_of_the_whole_batch(tmp_path, backend):
+    """The same of it is dropped, also where the batch cannot be divided as asked."""
+    code = """
+import json, keras, numpy as np
+from harness.dropout import MultiHeadAttention
+
+def attend(parts, batch, rate):
+    keras.utils.set_random_seed(7)
+    MultiHeadAttention.parts = parts
+    layer = MultiHeadAttention(2, 4, dropout=rate)
+    x = keras.random.normal((batch, 5, 8))
+    return keras.ops.convert_to_numpy(layer(x, x, training=True))
+
+cases = [(batch, rate) for batch in (8, 6, 5) for rate in (0.5, 0)]
+print(json.dumps([float(np.abs(attend(1, *c) - attend(4, *c)).max()) for c in cases]))
+"""
+    assert run_code(tmp_path, backend, code) == pytest.approx([0] * 6, abs=1e-6)
+
+
 def test_a_cuda_graph_gets_what_each_call_is_given(tmp_path):
     """A stand-in graph, which reads and writes the same memory at each replay, as CUDA's does."""
     code = """
