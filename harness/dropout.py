@@ -12,6 +12,9 @@ import operator
 import keras
 from keras import layers, ops
 
+if keras.backend.backend() == "jax":
+    import jax
+
 GOLDEN = -0x61C88647  # 2**32 divided by the golden ratio, odd, as an int32: spreads counters
 # TensorFlow's tensors have no >>.
 shift = ops.right_shift if keras.backend.backend() == "tensorflow" else operator.rshift
@@ -103,23 +106,28 @@ class MultiHeadAttention(layers.MultiHeadAttention):
         shape = ops.shape(x)[1], heads, tokens, tokens
         kept = self._dropout_layer.draw(shape, x.dtype) if self._dropout_layer.rate else None
         if self.parts == 1:
-            x = self.attend(x, kept)
+            x = attend(x, kept)
         else:
             count = math.gcd(self.parts, shape[0])
             kept = [None] * count if kept is None else ops.split(kept, count)
-            x = ops.concatenate(list(map(self.attend, ops.split(x, count, axis=1), kept)))
+            x = ops.concatenate(list(map(attend, ops.split(x, count, axis=1), kept)))
         x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, heads * size))
         out = self._output_dense
         x = project(x, ops.reshape(out.kernel, (heads * size, dim)), out.bias)
         return ops.reshape(x, (-1, tokens, dim))
 
-    def attend(self, x, kept):
-        """Queries, keys and values (3, batch, heads, tokens, size) to (batch, heads, tokens, size);
-        kept: what the weights of tokens for tokens are multiplied with, or None."""
-        q, k, v = x[0], x[1], x[2]
-        scores = ops.matmul(q * self._key_dim**-0.5, ops.transpose(k, (0, 1, 3, 2)))
-        weights = self._softmax(scores)
-        return ops.matmul(weights if kept is None else weights * kept, v)
+
+def attend(x, kept):
+    """Queries, keys and values (3, batch, heads, tokens, size) to (batch, heads, tokens, size);
+    kept: what the weights of tokens for tokens are multiplied with, or None."""
+    q, k, v = x[0], x[1], x[2]
+    scores = ops.matmul(q * q.shape[-1] ** -0.5, ops.transpose(k, (0, 1, 3, 2)))
+    weights = ops.softmax(scores)
+    return ops.matmul(weights if kept is None else weights * kept, v)
+
+
+if keras.backend.backend() == "jax":  # traced once for all layers, and all parts of a batch
+    attend = jax.jit(attend)
 
 
 def project(x, kernel, bias):
