@@ -126,7 +126,9 @@ def attend(x, kept):
     return ops.matmul(weights if kept is None else weights * kept, v)
 
 
-if keras.backend.backend() == "jax":  # traced once for all layers, and all parts of a batch
+if keras.backend.backend() == "jax":
+    # Traced once for all layers and all parts of a batch: 0.4 s of a start. (Where plain `fit` is
+    # asked not to compile, this still is.)
     attend = jax.jit(attend)
 
 
