@@ -44,7 +44,7 @@ def dense(p, x, dtype):
     return x.astype(dtype) @ p["kernel"].astype(dtype) + p["bias"].astype(dtype)
 
 
-def dropout(x, rate, key, shape=None):
+def dropout(x, rate, key, shape=None, first_number=0):
     """Zero a share `rate` of x and scale the rest; nothing without a key, uint32 (2,). The mask is
     of another shape if given, as for a whole branch of a picture (drop path).
 
@@ -56,7 +56,7 @@ def dropout(x, rate, key, shape=None):
         return x
     first, second = key
     shape = shape or x.shape
-    bits = jax.lax.iota("uint32", math.prod(shape)).reshape(shape)
+    bits = jax.lax.iota("uint32", math.prod(shape)).reshape(shape) + jnp.uint32(first_number)
     bits = (bits + first) * jnp.uint32(0x21F0AAAD)
     bits = ((bits ^ (bits >> 15)) + second) * jnp.uint32(0x735A2D97)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0x21F0AAAD)
@@ -102,15 +102,20 @@ def attend(p, x, config, key, dtype):
     """Multi-head self-attention: (batch, patches, dim) -> the same.
 
     The projections write and read (batch, heads, patches, size), which XLA's batched products on a
-    CPU take as it is; with the heads behind the patches they transpose.
+    CPU take as it is; with the heads behind the patches they transpose. There each such product
+    runs on one core; in training it is made for four parts of a batch, of which some run at once.
     """
+    is_divided = key is not None and jax.default_backend() == "cpu"
     qkv, out = jax.tree.map(lambda array: array.astype(dtype), (p["qkv"], p["out"]))
     x = jnp.einsum("bpc,cnhs->nbhps", x.astype(dtype), qkv["kernel"])
-    q, k, v = x + qkv["bias"][:, None, :, None]  # (batch, heads, patches, size) each
-    scores = jnp.einsum("bhqs,bhks->bhqk", q * config.head_dim**-0.5, k)
-    shares = jax.nn.softmax(scores.astype("float32")).astype(dtype)
-    shares = dropout(shares, config.attention_dropout, key)
-    x = jnp.einsum("bhqk,bhks->bhqs", shares, v)
+    x, parts = x + qkv["bias"][:, None, :, None], []
+    for q, k, v in jnp.split(x, math.gcd(4, x.shape[1]) if is_divided else 1, axis=1):
+        scores = jnp.einsum("bhqs,bhks->bhqk", q * config.head_dim**-0.5, k)
+        shares = jax.nn.softmax(scores.astype("float32")).astype(dtype)
+        first = len(parts) * shares.size
+        shares = dropout(shares, config.attention_dropout, key, first_number=first)
+        parts.append(jnp.einsum("bhqk,bhks->bhqs", shares, v))  # (batch, heads, patches, size)
+    x = jnp.concatenate(parts)
     return jnp.einsum("bhps,hsc->bpc", x, out["kernel"]) + out["bias"]
 
 
