@@ -104,7 +104,7 @@ class MultiHeadAttention(layers.MultiHeadAttention):
         x = project(ops.reshape(query, (-1, dim)), kernel, bias)
         x = ops.transpose(ops.reshape(x, (-1, tokens, 3, heads, size)), (2, 0, 3, 1, 4))
         shape = ops.shape(x)[1], heads, tokens, tokens
-        kept = self._dropout_layer.draw(shape, x.dtype) if self._dropout_layer.rate else None
+        kept = self._dropout_layer.draw(shape, x.dtype) if self._dropout else None
         if self.parts == 1:
             x = attend(x, kept)
         else:
