@@ -915,14 +915,14 @@ def test_runs_that_start_together_are_measured_in_turn(bench, capsys, monkeypatc
 
 
 def test_a_run_that_does_not_wait_ends_them_all(bench, capsys, monkeypatch):
-    monkeypatch.setenv("FATES", '{"jax1": "impatient"}')
     arguments = ("--backends", "jax", "torch", "--script", "child.py", "--no-parity")
-    assert run_main(*arguments, "--start-together", 2) == 2
+    arguments = (*arguments, "--start-together", 2, "--results-path", "results.jsonl")
+    monkeypatch.setenv("FATES", '{"jax1": "impatient"}')
+    assert run_main(*arguments) == 2
     assert "expected --num-epochs 2 or more" in capsys.readouterr().err
-    assert not compare.find_done(records.read_records(result_file(bench))[0])
     monkeypatch.setenv("FATES", json.dumps(dict.fromkeys(("jax1", "torch1"), "impatient")))
-    assert run_main(*arguments, "--start-together", 2, "--repeats", 1) == 2
-    assert not compare.find_done(records.read_records(result_file(bench))[0])
+    assert run_main(*arguments, "--repeats", 1) == 2
+    assert not compare.find_done(records.read_records(bench / "results.jsonl")[0])
     assert (bench / "turns.txt").read_text() == "torch1 begins\n"
 
 
