@@ -139,8 +139,10 @@ def differentiate(saved, gradient):
     scale = q.shape[-1] ** -0.5
     scores = dropped * (gradient @ v.mT)
     scores = scores - weights * scores.sum(-1, keepdims=True)
-    found = scores @ k * scale, scores.mT @ (q * scale), dropped.mT @ gradient
-    return jax.numpy.stack(found), None  # what is kept is drawn, not learned
+    # Rather the small matrices transposed than those of the scores; XLA would turn that round.
+    products = (q * scale).mT @ scores, gradient.mT @ dropped
+    dk, dv = (jax.lax.optimization_barrier(product).mT for product in products)
+    return jax.numpy.stack([scores @ k * scale, dk, dv]), None  # what is kept is drawn, not learned
 
 
 attend_part = attend
