@@ -132,9 +132,9 @@ def weigh(x, kept):
 
 
 def differentiate(saved, gradient):
-    """The gradient of `attend` on JAX, from that of its result. What JAX derives keeps the mask and
-    softmax's parts besides, and on a CPU writes out each row's sum as often as the row is long.
-    None of it is needed: where a weight is dropped, the dropped weight is 0."""
+    """The gradient of `attend` on JAX, from that of its result. Softmax's is weights * (g - sum of
+    weights * g), with g what comes back times the mask, which so is needed in `dropped` alone. What
+    JAX derives keeps it, and softmax's parts, and writes out each row's sum to the row's length."""
     (q, k, v), weights, dropped = saved
     scale = q.shape[-1] ** -0.5
     scores = dropped * (gradient @ v.mT)
