@@ -920,6 +920,7 @@ def test_a_run_that_does_not_wait_ends_them_all(bench, capsys, monkeypatch):
     monkeypatch.setenv("FATES", '{"jax1": "impatient"}')
     assert run_main(*arguments) == 2
     assert "expected --num-epochs 2 or more" in capsys.readouterr().err
+    assert not compare.find_done(records.read_records(bench / "results.jsonl")[0])
     monkeypatch.setenv("FATES", json.dumps(dict.fromkeys(("jax1", "torch1"), "impatient")))
     assert run_main(*arguments, "--repeats", 1) == 2
     assert not compare.find_done(records.read_records(bench / "results.jsonl")[0])
