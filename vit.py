@@ -96,7 +96,7 @@ RECIPES = {
     "mae": f"""{STRONG} --learning-rate 0.0001 --learning-rate-batch 256 --batch-size 4096
         --weight-decay 0.3 --beta-2 0.95 --warmup-epochs 20 --ema 0.997""",
     "small": f"""{SMALL} --projection-dim 256 --transformer-layers 6 --num-heads 4 --mlp-ratio 2
-        --drop-path 0.1 --warmup-epochs 10""",
+        --drop-path 0.1 --erasing 0.25 --warmup-epochs 10""",
     "tiny": f"""{SMALL} --projection-dim 128 --transformer-layers 2 --num-heads 2 --mlp-ratio 1
         --warmup-epochs 5 --ema 0.999""",
 }

@@ -22,7 +22,7 @@ from peers import common
 
 NO_DROPOUT = ("--dropout=0", "--attention-dropout=0", "--head-dropout=0")
 BOUND = 0.12
-# Beside SMALL: models, and everything that the project's own recipe does with one but its policy.
+# Beside SMALL: models, and all that the project's own recipes do with one but policy and erasing.
 LINEAR = ("--mlp-ratio=1", "--mlp-head-units")
 MODELS = {
     "heads": ("--head-dim=24",),
