@@ -108,7 +108,7 @@ class CompareConfig:
     find_memory: bool = False  # instead: the smallest --memory-limit that each entry trains in
     parity: bool = True  # first see by parity.py whether the backends compute the same
     target_accuracy: float | None = None  # report the time to this validation accuracy, 0 to 1
-    report: Path | None = None  # folder for report.html, .md, .csv, .svg and .png
+    report: Path | None = None  # folder for report.html, .md, .csv, .svg, .png; accuracy.svg
     wandb: bool = False  # upload the report to Weights & Biases
     verbose: bool = False  # show the output of the runs
 
@@ -532,7 +532,8 @@ def report_on(paths, config, console, comparison=""):
         if config.wandb:
             upload_report(report, folder, paths)
     if config.report:
-        console.print(f"report: {config.report / 'report.html'}, .md, .csv, .svg, .png")
+        accuracy = "" if report["is_served"] else "; accuracy.svg"
+        console.print(f"report: {config.report / 'report.html'}, .md, .csv, .svg, .png{accuracy}")
     return report
 
 

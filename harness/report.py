@@ -67,7 +67,8 @@ def look(index):
 
 def name_rows(axes, report):
     labels = [label.replace(":--", ": --").replace(" --", "\n--") for label in report["labels"]]
-    labels = ["\n".join(textwrap.fill(x, 22) for x in label.split("\n")) for label in labels]
+    rows = [[line for x in label.split("\n") for line in textwrap.wrap(x, 22)] for label in labels]
+    labels = ["\n".join([*row[:4], "..."] if len(row) > 5 else row) for row in rows]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
 
@@ -110,14 +111,14 @@ def plot_curves(axes, report, over):
             curve = dig(item, "quality.val_accuracy" if validated else "quality.accuracy") or []
             curve = np.array(curve, float) * 100  # null becomes nan
             start = get_start(item, ("import", "build"))[0]
-            if over == "s" and start is None:
+            if over == "minutes" and start is None:
                 continue
-            seconds = np.cumsum(dig(item, "timing.epoch_seconds") or []) + (start or 0)
-            x = seconds if over == "s" else np.arange(1, len(curve) + 1)
+            minutes = (np.cumsum(dig(item, "timing.epoch_seconds") or []) + (start or 0)) / 60
+            x = minutes if over == "minutes" else np.arange(1, len(curve) + 1)
             shown = min(len(x), len(curve))
             axes.plot(x[:shown], curve[:shown], label=label, alpha=0.7, **look(index))
             label = None  # one name for all repeats
-    label = "epochs" if over == "epochs" else "import, build and training, s"
+    label = "epochs" if over == "epochs" else "import, build and training, minutes"
     axes.set(xlabel=label, ylabel=f"{name} accuracy, %")
 
 
@@ -206,11 +207,14 @@ def draw(plot, report, *arguments, form="svg"):
         axes.spines[["top", "right"]].set_visible(False)
         handles, labels = axes.get_legend_handles_labels()
         if labels:
-            labels = [textwrap.fill(label, 42) for label in labels]
+            labels = [textwrap.fill(x, 42, max_lines=4, placeholder=" ...") for x in labels]
             figure.legend(handles, labels, loc="outside upper center", fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else None)
     return buffer.getvalue()
+
+
+OVER_MINUTES = "Accuracy over minutes, each repeat a line"
 
 
 def list_plots(report):
@@ -220,7 +224,7 @@ def list_plots(report):
             "Training speed: each repeat a dot, the bar the median": (plot_repeats,),
             "Peak memory, medians": (plot_memory,),
             "Accuracy over epochs, each repeat a line": (plot_curves, "epochs"),
-            "Accuracy over seconds, each repeat a line": (plot_curves, "s"),
+            OVER_MINUTES: (plot_curves, "minutes"),
             "Cost of starting, cost per epoch": (plot_cost,),
         }
     names = ("p50_ms", "p99_ms", "images_per_second")
@@ -240,13 +244,16 @@ def list_plots(report):
 
 
 def write_report(report, folder):
-    """report.html (one page, nothing from elsewhere), report.md, .csv, .svg and .png"""
+    """report.html (one page, nothing from elsewhere), report.md, .csv, .svg and .png; of training
+    also accuracy.svg, over minutes"""
     import jinja2
 
     folder.mkdir(parents=True, exist_ok=True)
     shown = list_plots(report)
     plots = {title: draw(plot, report, *given) for title, (plot, *given) in shown.items()}
     (folder / "report.svg").write_bytes(next(iter(plots.values())))
+    if OVER_MINUTES in plots:
+        (folder / "accuracy.svg").write_bytes(plots[OVER_MINUTES])
     plot, *given = next(iter(shown.values()))
     (folder / "report.png").write_bytes(draw(plot, report, *given, form="png"))
     write_csv(report, folder / "report.csv")

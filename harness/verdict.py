@@ -176,6 +176,7 @@ def get_metric(record, key, target=None):
 # ---- From records to entries ---------------------------------------------------------------------
 
 OTHERS = "seed|wandb|path|dir|node|backend|run|project|entity|verbose"
+PRESETS = {"recipe", "variant"}  # stand for flags
 NOT_WORK = re.compile(rf"(?!drop_path$)(.*_)?({OTHERS})(_|$)")
 NOT_SERVED = {"batch_size", "batch_sizes", "data_format", "native", "list_models"}
 NOT_SERVED |= {"runtime", "rows"}
@@ -186,6 +187,24 @@ def parse_id(record_id):
     of latency.py's stand a batch size and perhaps a runtime, `~8` or `~8~onnx`"""
     match = re.fullmatch(r"([0-9a-f]{8}-\d{8}T\d{6})-r(\d+)-(.+?)(~\d+(~.+)?)?", record_id)
     return match and (match[1], int(match[2]), urllib.parse.unquote(match[3]))
+
+
+def tell_apart(groups):
+    """Of each group, (label, node, configuration), what it has that others of its label have not.
+
+    Where recipes differ, only they and what was typed: the rest is what they stand for. But all
+    where that would leave two groups with one name.
+    """
+    added, short = {}, {}
+    for (label, node, work), runs in groups.items():
+        others = [dict(other) for name, _, other in groups if name == label]
+        differs = [(k, v.strip('"')) for k, v in work if any(other.get(k) != v for other in others)]
+        typed = set().union(*(list_flags(run["argv"] or ()) for run in runs.values())) | PRESETS
+        typed = [(k, v) for k, v in differs if k.replace("_", "-") in typed and v != "null"]
+        added[label, node, work] = differs
+        short[label, node, work] = typed if PRESETS & dict(differs).keys() else differs
+    names = {(label, node, *words) for (label, node, _), words in short.items()}
+    return short if len(names) == len(short) else added
 
 
 def group_records(found):
@@ -238,12 +257,11 @@ def group_records(found):
             merge_batch(runs, comparison, repeat, item)
         else:
             runs[comparison, repeat or len(runs) + 1] = item
-    entries = []
+    entries, added = [], tell_apart(groups)
     for (label, node, work), runs in groups.items():
-        others = [dict(other) for name, _, other in groups if name == label]
-        added = [(k, v.strip('"')) for k, v in work if any(other.get(k) != v for other in others)]
         flags = shlex.split(label.partition(":")[2])
-        flags += [f"--{k.replace('_', '-')}={v}" for k, v in added if k not in list_flags(flags)]
+        words = [(k.replace("_", "-"), v) for k, v in added[label, node, work]]
+        flags += [f"--{k}={v}" for k, v in words if k not in list_flags(flags)]
         full = ":".join([label.partition(":")[0], shlex.join(flags)][: 2 if flags else 1])
         full += f" @ {node}" if len({node for _, node, _ in groups}) > 1 else ""
         ok = {pair: item for pair, item in runs.items() if item["status"] == "ok"}
@@ -312,7 +330,7 @@ APART = 900  # seconds between the runs of a pair that a cool-down or a containe
 
 def check_fairness(entries, reference, is_served):
     """(warnings, what differs by an entry's own flags, names of the fields that are unequal)"""
-    warnings, deliberate, unequal, apart = [], [], [], find_apart(entries)
+    warnings, deliberate, implied, unequal, apart = [], [], [], [], find_apart(entries)
     fields = SAME.split()
     if is_served:
         fields = [dotted for dotted in fields if dotted.partition(".")[0] in SERVED]
@@ -345,18 +363,24 @@ def check_fairness(entries, reference, is_served):
         values = {value: ", ".join(e["label"] for e in held) for value, held in holders.items()}
         text = "; ".join(f"{value} ({names})" for value, names in values.items())
         field = dotted.split(".")[-1]
-        own = {field.replace("_", "-")}
+        flag = field.replace("_", "-")
+        own = {flag, *(PRESETS if dotted.startswith("config.") else ())}
         is_own = (lambda name: name not in HARMLESS) if dotted in DERIVED else own.__contains__
         alike = [  # the flags with which each value came about; none is an entry as it is
             {frozenset(w for w in pair_flags(e["flags"]) if is_own(w[0])) for e in held}
             for held in holders.values()
         ]
+        given = {name for flags in set.union(*alike) for name, _ in flags}
         if len(set.union(*alike)) < sum(map(len, alike)):
             warnings.append(f"{dotted} differs: {text}")
             field = f"versions of {field}" if dotted.startswith("versions.") else field
             unequal += [] if field == "compile_cache" else [field]  # it touches the start alone
+        elif dotted not in DERIVED and flag not in given | PRESETS:
+            implied.append(field)
         else:
             deliberate.append(f"{dotted} differs by an entry's own flags: {text}")
+    if implied:
+        deliberate.append(f"with recipe or variant differ {', '.join(implied)}")
     for entry in entries:
         pairs, interleaved = match_pairs(entry, reference)
         if pairs and not interleaved and entry is not reference:

@@ -507,6 +507,49 @@ def test_records_by_hand_are_told_apart_by_what_differs():
     assert "batch_size" in report["deliberate"][0]
 
 
+RECIPES = {  # what they stand for, a few of many
+    "keras-io": {"units": [2048, 1024], "dropout": 0.1, "variant": None, "batch_size": 256},
+    "tiny": {"units": [], "dropout": 0.0, "variant": None, "batch_size": 128},
+}
+
+
+def train_recipe(name, *flags, **config):
+    """Records of three runs of a recipe, begun by hand with these flags too"""
+    items = [create_train_record("torch", seed) for seed in (1, 2, 3)]
+    for item in items:
+        item["argv"] = ["vit.py", "--recipe", name, *flags]
+        item["config"] |= {"recipe": name, **RECIPES[name], **config}
+        item["id"] += f"{name}{len(config)}"
+    return items
+
+
+def test_recipes_by_hand_are_told_apart_by_what_was_typed(bench):
+    tiny, other = train_recipe("tiny", "--no-flip", flip=False), train_recipe("keras-io", flip=True)
+    report = report_on([*tiny, *other])
+    assert report["labels"] == ["torch:--flip=false --recipe=tiny", "torch:--recipe=keras-io"]
+    assert "unequal" not in report["sentence"]
+    told = "with recipe or variant differ batch_size, dropout, units"
+    assert report["deliberate"][-1] == told and "config.flip" in report["deliberate"][0]
+    # What a recipe stands for is no excuse where both have it.
+    items = pair_up(config__batch_size=128)
+    for item in items:
+        item["id"] += ":--recipe=tiny"
+    assert report_on(items)["sentence"].endswith("; but unequal: batch_size")
+
+
+def test_recipes_that_changed_are_told_apart_by_all_that_differs(bench):
+    """And a plot with such long names still has room for curves, which matplotlib would warn of."""
+    config = {f"choice_{number}": number for number in range(25)}
+    items = [*train_recipe("tiny"), *train_recipe("tiny", **config), *train_recipe("keras-io")]
+    for item in items:
+        item["config"] = dict.fromkeys(config, 0) | item["config"]
+    report = report_on(items)
+    assert len(set(report["labels"])) == 3 and "--choice-24=24" in report["labels"][1]
+    reports.write_report(report, bench / "out")
+    shown = (bench / "out/accuracy.svg").read_text()
+    assert "..." in shown and "=24" not in shown
+
+
 def test_drop_path_is_no_path():
     items = pair_up(config__drop_path=0.5)
     for item in items[::2]:
@@ -831,6 +874,7 @@ def test_the_files_agree_and_load_nothing(bench):
     assert "<script>" not in table and "the card's fan" in table
     assert b"<svg" in (bench / "out/report.svg").read_bytes()
     assert (bench / "out/report.png").read_bytes().startswith(b"\x89PNG")
+    assert b"minutes" in (bench / "out/accuracy.svg").read_bytes()
 
 
 @pytest.mark.parametrize("folder", [[], ["--report=report"]])
