@@ -290,8 +290,9 @@ def check_structure(record):
         if record[key] not in known:
             expected = ", ".join(map(str, known))
             problems.append(f"{key}: expected {expected}, got {str(record[key])[:40]!r}")
-    if not all(isinstance(note, str) for note in record["notes"]):
-        problems.append("notes: expected a list of strings")
+    for key in ("argv", "notes"):
+        if not all(isinstance(value, str) for value in record[key]):
+            problems.append(f"{key}: expected a list of strings")
     for group in ("config", "model", "timing", "memory", "energy", "quality"):
         for field, value in record[group].items():
             name = f"{group}.{field}"

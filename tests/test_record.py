@@ -55,6 +55,7 @@ def test_create_record_refuses_what_it_does_not_know(arguments):
         ({"status": "fine"}, "status: expected ok, oom"),
         ({"memory": [1]}, "memory: expected dict, got list"),
         ({"notes": [1]}, "notes: expected a list of strings"),
+        ({"argv": [1]}, "argv: expected a list of strings"),
         ({"colour": "red"}, "key 'colour' is unknown"),
     ],
 )
