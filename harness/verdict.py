@@ -199,7 +199,7 @@ def tell_apart(groups):
     for (label, node, work), runs in groups.items():
         others = [dict(other) for name, _, other in groups if name == label]
         differs = [(k, v.strip('"')) for k, v in work if any(other.get(k) != v for other in others)]
-        typed = set().union(*(list_flags(run["argv"] or ()) for run in runs.values())) | PRESETS
+        typed = set().union(*(list_flags(run["argv"]) for run in runs.values())) | PRESETS
         typed = [(k, v) for k, v in differs if k.replace("_", "-") in typed and v != "null"]
         added[label, node, work] = differs
         short[label, node, work] = typed if PRESETS & dict(differs).keys() else differs
