@@ -493,7 +493,7 @@ def bisect_memory(fits, start):
 
 
 def upload_report(report, folder, paths):
-    """A W&B run that shows the page and holds its files and the records; raises BadInput"""
+    """A W&B run that shows the page in `folder` and holds the files of `paths`; raises BadInput"""
     nodes = {entry["node"] for entry in report["entries"]} - {""}
     names = {label.partition(":")[0] for label in report["labels"]}
     try:
@@ -515,8 +515,7 @@ def upload_report(report, folder, paths):
         }
         run.summary.update({**figures, "sentence": report["sentence"]})
         tracking.log_page(run, "report", (folder / "report.html").read_text(encoding="utf-8"))
-    files = {path.name: path.read_bytes() for path in [*folder.glob("report.*"), *paths]}
-    tracking.finish_run(run, "comparison", files)
+    tracking.finish_run(run, "comparison", {path.name: path.read_bytes() for path in paths})
 
 
 def report_on(paths, config, console, comparison=""):
@@ -528,7 +527,7 @@ def report_on(paths, config, console, comparison=""):
     with tempfile.TemporaryDirectory() as folder:
         folder = config.report or Path(folder)
         if config.report or config.wandb:
-            write_report(report, folder)
+            paths = [*write_report(report, folder), *paths]
         if config.wandb:
             upload_report(report, folder, paths)
     if config.report:

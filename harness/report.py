@@ -245,18 +245,17 @@ def list_plots(report):
 
 def write_report(report, folder):
     """report.html (one page, nothing from elsewhere), report.md, .csv, .svg and .png; of training
-    also accuracy.svg, over minutes"""
+    also accuracy.svg, over minutes. Returns their paths"""
     import jinja2
 
     folder.mkdir(parents=True, exist_ok=True)
     shown = list_plots(report)
     plots = {title: draw(plot, report, *given) for title, (plot, *given) in shown.items()}
-    (folder / "report.svg").write_bytes(next(iter(plots.values())))
-    if OVER_MINUTES in plots:
-        (folder / "accuracy.svg").write_bytes(plots[OVER_MINUTES])
     plot, *given = next(iter(shown.values()))
-    (folder / "report.png").write_bytes(draw(plot, report, *given, form="png"))
-    write_csv(report, folder / "report.csv")
+    files = {"report.svg": next(iter(plots.values()))}
+    files["report.png"] = draw(plot, report, *given, form="png")
+    if OVER_MINUTES in plots:
+        files["accuracy.svg"] = plots[OVER_MINUTES]
     pictures = {title: base64.b64encode(plot).decode() for title, plot in plots.items()}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)
@@ -266,4 +265,8 @@ def write_report(report, folder):
         text = template.render(report=report, pictures=pictures, **used)
         if form == "md":  # it has no tags with attributes, where alone quotes could do harm
             text = text.replace("&#39;", "'").replace("&#34;", '"')
-        (folder / f"report.{form}").write_text(text, encoding="utf-8")
+        files[f"report.{form}"] = text.encode()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    write_csv(report, folder / "report.csv")
+    return [folder / name for name in (*files, "report.csv")]

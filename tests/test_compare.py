@@ -523,7 +523,7 @@ def train_recipe(name, *flags, **config):
     return items
 
 
-def test_recipes_by_hand_are_told_apart_by_what_was_typed(bench):
+def test_recipes_by_hand_are_told_apart_by_what_was_typed():
     tiny, other = train_recipe("tiny", "--no-flip", flip=False), train_recipe("keras-io", flip=True)
     report = report_on([*tiny, *other])
     assert report["labels"] == ["torch:--flip=false --recipe=tiny", "torch:--recipe=keras-io"]
@@ -898,7 +898,7 @@ def test_a_report_is_uploaded(bench, monkeypatch, folder):
     (artifact,) = [item["artifact"] for item in read_log(log) if item["type"] == "artifact"]
     names = {entry["path"] for entry in artifact["manifest"]["contents"]}
     forms = ("html", "md", "csv", "svg", "png")
-    assert names == {"results.jsonl", *(f"report.{form}" for form in forms)}
+    assert names == {"results.jsonl", "accuracy.svg", *(f"report.{form}" for form in forms)}
     assert (bench / "report").exists() == bool(folder)
 
 
